@@ -1,0 +1,51 @@
+# make course: the six notebooks, start to end.  make help: the rest.
+PYTHON   ?= python3
+RECIPE   ?= quick
+ARGS     ?=
+PIP_ARGS ?=
+VENV     := .venv
+RUN      := $(VENV)/bin/python
+READY    := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help course lab test lint outputs badges report clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## */  make \1@/p' Makefile | awk -F@ '{ printf "%-15s %s\n", $$1, $$2 }'
+	@echo 'Variables: RECIPE=quick  ARGS="-p SEED=1"  PYTHON=python3.12  PIP_ARGS="..." (for pip install)'
+
+course: $(READY)  ## run the six notebooks; RECIPE=quick, ARGS for more options
+	$(RUN) -m cifar_ft course --recipe $(RECIPE) $(ARGS)
+
+lab: $(READY)  ## open the notebooks in JupyterLab
+	$(RUN) -m jupyterlab notebooks --ServerApp.tornado_settings='{"websocket_max_message_size": 67108864}' $(ARGS)
+
+test: lint  ## lint, then every test; ARGS='-m "not notebook"' for the quick ones
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(READY)  ## ruff, on modules and notebooks
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+outputs: $(READY)  ## rerun the quick course and commit its outputs into notebooks/
+	rm -rf build/course
+	$(RUN) -m cifar_ft course --recipe quick --out build/course
+	$(RUN) -c "from cifar_ft.course import publish; print('updated', *publish('build/course', 'notebooks'))"
+
+badges: $(READY)  ## badges and set-up cells, after a change of address in pyproject.toml
+	$(RUN) -m cifar_ft badges
+
+report: $(READY)  ## result tables and images, from results/
+	$(RUN) -m cifar_ft report
+
+clean:  ## remove what the other targets made, except recorded runs
+	rm -rf $(VENV) build course-output .pytest_cache .ruff_cache .hypothesis cifar_ft.egg-info
+
+# The stamp goes first and comes back last: an interrupted installation is taken up again the next time.
+$(READY): requirements.txt pyproject.toml
+	@rm -f $@
+	@command -v "$(PYTHON)" >/dev/null || { echo '$(PYTHON) not found; try: make PYTHON=/path/to/python3 ...' >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("needs Python 3.10 or newer, $(PYTHON) is %d.%d; try: make PYTHON=python3.12 ..." % v[:2])'
+	@$(RUN) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
+	$(RUN) -m pip install $(PIP_ARGS) -r requirements.txt
+	@touch $@

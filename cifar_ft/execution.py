@@ -1,0 +1,225 @@
+"""One notebook: run it with this interpreter and keep what it wrote, or bring its outputs back into the committed file.
+`course` calls it for every notebook in turn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from cifar_ft import CifarFtError
+from cifar_ft.sources import show_path
+
+CELL_SECONDS = 3600
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+BASE64 = re.compile(r"base64,[A-Za-z0-9+/=\s]+")
+KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+EXTRA_KEYS = [
+    "metadata.widgets",
+    "metadata.papermill",
+    "metadata.language_info.version",
+    "cell.metadata.papermill",
+    "cell.metadata.execution",
+]
+
+
+class CourseError(CifarFtError):
+    """A notebook could not be run or published; the message says which notebook and cell, and why."""
+
+
+def checkout() -> Path | None:
+    """Return the repository's folder when the package runs from a checkout, else None."""
+    root = Path(__file__).resolve().parent.parent
+    return root if (root / "pyproject.toml").exists() else None
+
+
+def execute(path: Path, out: Path, given: dict[str, Any]) -> None:
+    """Run one notebook in its own folder and save it to `out` after each cell, whatever happens."""
+    try:
+        import papermill
+        from nbclient.exceptions import CellTimeoutError
+        from papermill.exceptions import PapermillExecutionError
+    except ModuleNotFoundError as error:
+        raise CourseError(f"running notebooks needs {error.name}: pip install -r requirements.txt") from error
+    try:
+        papermill.execute_notebook(
+            str(path),
+            str(out).replace("{", "{{").replace("}", "}}"),  # papermill formats its output path
+            given,
+            kernel_name="python3",
+            kernel_manager_class=_kernel_manager_class(),
+            progress_bar=False,
+            cwd=str(path.parent),
+            execution_timeout=CELL_SECONDS,
+        )
+    except PapermillExecutionError as error:
+        raise CourseError(_failure(out, f"{error.ename}: {error.evalue}")) from error
+    except CellTimeoutError as error:
+        raise CourseError(_failure(out, f"still running after {CELL_SECONDS} s, stopped")) from error
+    except RuntimeError as error:  # DeadKernelError, or a kernel that never started
+        raise CourseError(_failure(out, f"the kernel died ({error}); often a lack of memory")) from error
+
+
+def _kernel_manager_class() -> type:
+    """Start kernels with this very interpreter and this very package, whatever kernelspecs are installed."""
+    import traitlets
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    path = [str(checkout() or ""), os.environ.get("PYTHONPATH", "")]
+    env = {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+    class ThisInterpreter(KernelSpecManager):
+        def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+            return KernelSpec(argv=argv, env=env, language="python", display_name="Python 3")
+
+    class ThisKernelManager(AsyncKernelManager):
+        @traitlets.default("kernel_spec_manager")
+        def _this_interpreter(self) -> KernelSpecManager:
+            return ThisInterpreter(parent=self)
+
+    return ThisKernelManager
+
+
+def _failure(out: Path, reason: str) -> str:
+    """Say in two lines which cell of the notebook saved at `out` was the last to start, and why it stopped."""
+    import nbformat
+
+    cells = [cell for cell in nbformat.read(out, 4).cells if cell.cell_type == "code"]
+    started = [n for n, cell in enumerate(cells, 1) if cell.metadata.get("papermill", {}).get("start_time")]
+    where = f"cell [{started[-1]}]" if started else "before the first cell"
+    reason = " ".join(reason.split())[:300]
+    return f"{out.name}, {where}: {reason}\nwhat ran until then is in {show_path(out)}"
+
+
+def drop_widgets(notebook: Any) -> None:
+    """Remove widget state and widget views in place: a file cannot run them, and GitHub refuses half of one."""
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop(WIDGET_VIEW, None)
+
+
+def write_html(path: Path) -> None:
+    if path.exists():
+        import nbformat
+        from nbconvert import HTMLExporter
+
+        notebook = nbformat.read(path, 4)
+        drop_widgets(notebook)
+        html, _ = HTMLExporter(template_name="lab").from_notebook_node(
+            notebook, {"metadata": {"name": path.stem}}
+        )
+        path.with_suffix(".html").write_text(html, "utf-8")
+
+
+def publish(out: str | Path, notebooks_dir: str | Path) -> list[str]:
+    """Bring the outputs of a complete course run back into the notebooks that are committed.
+
+    Only outputs and execution counts move; sources, tags and parameters stay those of the committed files.
+    Prints and displays are kept, stderr and widget views are not, and metadata is normalised, so that
+    publishing the same run twice changes nothing.
+
+    Parameters
+    ----------
+    out : str or Path
+        Folder of a `course.run_course` with the notebooks' own parameters.
+    notebooks_dir : str or Path
+        Folder of the notebooks to update.
+
+    Returns
+    -------
+    list of str
+        Names of the updated notebooks.
+
+    Raises
+    ------
+    CourseError
+        The run is not complete or not of these notebooks, or an output holds an error or a path of this
+        machine; no file has been changed.
+    """
+    import nbformat
+
+    out, notebooks_dir = Path(out).resolve(), Path(notebooks_dir)
+    record = json.loads((out / "course.json").read_text("utf-8")) if (out / "course.json").exists() else {}
+    if not record.get("complete"):
+        raise CourseError(
+            f"{show_path(out)} holds no complete run of the course; run it again and publish then"
+        )
+    if record["changed"]:
+        raise CourseError(
+            f"{show_path(out)} was run with other values than the notebooks show for {', '.join(record['changed'])}; "
+            "publish a run with the default parameters"
+        )
+    neutral = f"course-output/{record['parameters'].get('RECIPE', 'course')}"
+    private = {text: neutral for text in (str(out), show_path(out))}
+    updated = {}
+    for name in record["seconds"]:
+        source = nbformat.read(notebooks_dir / f"{name}.ipynb", 4)
+        updated[name] = _with_outputs(source, nbformat.read(out / f"{name}.ipynb", 4), name, private)
+    for name, notebook in updated.items():
+        nbformat.write(notebook, notebooks_dir / f"{name}.ipynb")
+    return list(updated)
+
+
+def _with_outputs(source: Any, executed: Any, name: str, private: dict[str, str]) -> Any:
+    """Return `source` with the outputs of `executed`, counted from 1 and free of what must not be committed."""
+    from nbformat import from_dict
+    from nbstripout import strip_output
+
+    def code(notebook: Any) -> list:
+        return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+    ran = [cell for cell in code(executed) if "injected-parameters" not in cell.metadata.get("tags", [])]
+    if [cell.source for cell in code(source)] != [cell.source for cell in ran]:
+        raise CourseError(f"{name}: its code is not the code that was run; run the course again")
+    for count, (cell, done) in enumerate(zip(code(source), ran, strict=True), 1):
+        kept = [output for output in done.outputs if output.get("name") != "stderr"]
+        text: list[str] = []
+        cell.outputs, cell.execution_count = (
+            [from_dict(_neutral(output, private, text)) for output in kept],
+            count,
+        )
+        for output in cell.outputs:
+            if output.output_type == "error":
+                raise CourseError(
+                    f"{name}, cell [{count}]: its output is an error ({output.ename}); mend it first"
+                )
+            if "execution_count" in output:
+                output.execution_count = count
+        found = machine_path("\n".join(text))
+        if found:
+            raise CourseError(
+                f"{name}, cell [{count}]: its output names {found}, a path of this machine; print show_path()"
+            )
+    drop_widgets(source)
+    source.metadata["kernelspec"] = dict(KERNELSPEC)
+    return strip_output(source, keep_output=True, keep_count=True, keep_id=True, extra_keys=EXTRA_KEYS)
+
+
+def _neutral(value: Any, private: dict[str, str], text: list[str]) -> Any:
+    """Copy an output with private paths replaced by their neutral form, and collect its strings in `text`."""
+    if isinstance(value, dict):
+        return {key: _neutral(part, private, text) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_neutral(part, private, text) for part in value]
+    if isinstance(value, str):
+        for path, neutral in private.items():
+            value = value.replace(path, neutral)
+        text.append(value)
+    return value
+
+
+def machine_path(text: str) -> str | None:
+    """Return the first path in `text` that only exists on one machine, if any; images in base64 are skipped."""
+    here = [str(path) for path in (Path.home(), Path.cwd(), checkout() or Path.cwd()) if len(path.parts) > 1]
+    pattern = "|".join(
+        [*map(re.escape, here), r"/(?:home|Users|tmp|private|var/folders)/\w", r"\b[A-Z]:\\+\w"]
+    )
+    found = re.search(rf"(?<![\w.~-])(?:{pattern})[\w./\\-]*", BASE64.sub("", text))
+    return found.group() if found else None

@@ -1,0 +1,353 @@
+"""Every figure of the course in one look: arrays and frames in, a matplotlib `Figure` out.
+
+Figures are made without pyplot, so that a notebook shows each once, with alt text, and none leaks.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+PALETTE = ("#0173b2", "#d55e00", "#029e73", "#cc78bc", "#949494")  # colour-blind safe, contrast >= 3:1
+GREY, RIGHT, WRONG = "#767676", "#00704f", "#b34700"  # text colours, contrast >= 4.5:1
+MARKERS, HATCHES = ("o", "s", "D", "^", "v"), ("", "//", "..", "xx", "\\\\")
+FULL, HALF = (8.0, 4.0), (4.4, 3.5)  # inches
+DPI, GAP, HEAVY = 120, 6, 120_000  # dots an inch, dots between pictures, bytes
+
+
+def use_style() -> None:
+    """Set the course's seaborn theme; every function here does so itself."""
+    sizes = {"font.size": 12, "axes.labelsize": 13, "axes.titlesize": 13, "xtick.labelsize": 12,
+             "ytick.labelsize": 12, "legend.fontsize": 12, "lines.linewidth": 2, "lines.markersize": 6}
+    rc = {**sizes, "axes.edgecolor": GREY}
+    sns.set_theme(style="whitegrid", palette=PALETTE, font="DejaVu Sans", rc=rc)
+
+
+def _figure(size: tuple[float, float], rows: int = 1, cols: int = 1, **grid: Any) -> tuple[Figure, Any]:
+    use_style()
+    fig = Figure(figsize=size, layout="constrained" if rows else None)
+    FigureCanvasAgg(fig)
+    return fig, fig.subplots(rows, cols, **grid) if rows else None
+
+
+def _png(fig: Figure) -> bytes:
+    """PNG in 256 colours where nobody sees it, or where true colours would make a notebook heavy."""
+    raw = io.BytesIO()
+    fig.savefig(raw, format="png", dpi=min(DPI, 1000 / fig.get_size_inches()[0]), facecolor="white")
+    true = Image.open(raw).convert("RGB")
+    few = true.quantize(256, kmeans=2, dither=Image.Dither.NONE)
+    harm = np.abs(np.asarray(true, float) - np.asarray(few.convert("RGB"), float)).mean(axis=2)
+    whole, packed = (_encode(picture) for picture in (true, few))
+    unseen = harm.mean() < 1 and np.quantile(harm, 0.999) < 16
+    return packed if len(packed) < len(whole) and (unseen or len(whole) > HEAVY) else whole
+
+
+def _encode(picture: Image.Image) -> bytes:
+    picture.save(out := io.BytesIO(), format="png", optimize=True)
+    return out.getvalue()
+
+
+def show_figure(fig: Figure, alt: str, caption: str = "") -> None:
+    """Display a figure in a notebook as HTML with alt text, then close it.
+
+    Parameters
+    ----------
+    fig : the figure, at most 1,000 dots wide when shown.
+    alt : what the figure shows, for those who cannot see it; required.
+    caption : one line below the figure.
+
+    Raises
+    ------
+    ValueError : `alt` is empty.
+    """
+    from IPython.display import HTML, display
+    from matplotlib import pyplot
+
+    if not alt or not alt.strip():
+        raise ValueError("alt is empty; say what the figure shows, for readers who cannot see it")
+    data = base64.b64encode(_png(fig)).decode("ascii")
+    below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    source = f'src="data:image/png;base64,{data}"'
+    image = f'<img alt="{html.escape(alt.strip())}" {source} style="max-width:100%">'
+    pyplot.close(fig)
+    display(HTML(f"<figure>{image}{below}</figure>"))
+
+
+def save_figure(fig: Figure, path: str | os.PathLike) -> Path:
+    """Write a figure as PNG, whole or not at all, and return its path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(_png(fig))
+        os.chmod(part, 0o644)
+        os.replace(part, path)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _pictures(images: Any) -> np.ndarray:
+    """Tensor or array [N,3,H,W], [N,H,W,3] or [N,H,W] (maps) -> something `imshow` draws in true colours."""
+    array = images.detach().cpu().numpy() if hasattr(images, "detach") else np.asarray(images)
+    if array.ndim == 4 and array.shape[1] in (1, 3):
+        array = array.transpose(0, 2, 3, 1)
+    if array.ndim == 3 or (array.ndim == 4 and array.shape[-1] == 1):
+        return array.reshape(array.shape[:3])
+    if array.ndim != 4 or array.shape[-1] != 3:
+        raise ValueError(f"images have shape {array.shape}; expected [N, 3, H, W], [N, H, W, 3] or [N, H, W]")
+    if array.dtype != np.uint8 and not (array.min() >= 0 and array.max() <= 1):
+        raise ValueError(f"images run from {array.min():.3g} to {array.max():.3g}; pictures are uint8 or 0 to 1, "
+                         "so undo the normalisation first (transforms.denormalize)")
+    return array
+
+
+def _draw(ax: Axes, picture: np.ndarray) -> None:
+    ax.imshow(picture, interpolation="nearest", cmap="cividis")
+    ax.set_axis_off()
+
+
+def image_grid(images: Any, titles: Sequence[str] | None = None, ncols: int = 8,
+               colors: Sequence[str] | None = None) -> Figure:
+    """Draw pictures in true colours, or [N, H, W] maps in cividis, in rows of `ncols`, with titles."""
+    pictures = _pictures(images)
+    if titles is not None and len(titles) != len(pictures):
+        raise ValueError(f"{len(pictures)} images but {len(titles)} titles; give one title an image")
+    ncols = max(1, min(ncols, len(pictures)))
+    rows = max(1, -(-len(pictures) // ncols))
+    height, width = pictures.shape[1:3]
+    room = min(FULL[0] * DPI / ncols, 260) - GAP
+    zoom = max(1, int(2 * room / width)) / 2 if width <= room else room / width  # whole or half dots a pixel
+    lines = 0 if titles is None else max((title.count("\n") + 1 for title in titles), default=0)
+    step_x, step_y = zoom * width + GAP, zoom * height + GAP + 20 * lines
+    fig, _ = _figure(((ncols * step_x + GAP) / DPI, (rows * step_y + GAP) / DPI), 0, 0)
+    full = np.array([ncols * step_x + GAP, rows * step_y + GAP] * 2)
+    for i, picture in enumerate(pictures):
+        left, bottom = GAP + i % ncols * step_x, full[1] - (i // ncols + 1) * step_y
+        ax = fig.add_axes(np.array([left, bottom, zoom * width, zoom * height]) / full)
+        _draw(ax, picture)
+        if titles is not None:
+            ax.set_title(titles[i], fontsize=10, pad=3, color=colors[i] if colors is not None else "black")
+    return fig
+
+
+def prediction_grid(images: Any, predictions: Sequence[int], labels: Sequence[int], probabilities: Any,
+                    class_names: Sequence[str], ncols: int = 6) -> Figure:
+    """Pictures with their predicted class and its probability ([N] or [N, C]); errors name the true class."""
+    probabilities = np.asarray(probabilities)
+    if probabilities.ndim == 2:
+        probabilities = probabilities[np.arange(len(predictions)), np.asarray(predictions)]
+    titles, colors = [], []
+    for said, true, p in zip(predictions, labels, probabilities, strict=True):
+        good = int(said) == int(true)
+        truth = "" if good else f"\nis {class_names[int(true)]}"
+        titles.append(f"{'✓' if good else '✗'} {100 * p:.0f} %\n{class_names[int(said)]}{truth}")
+        colors.append(RIGHT if good else WRONG)
+    return image_grid(images, titles, ncols, colors)
+
+
+def prediction_figure(image: Any, probabilities: Any, class_names: Sequence[str],
+                      true_label: str | int | None = None, top: int = 5) -> Figure:
+    """One picture in true colours beside the bars of its `top` most probable classes.
+
+    `image` is uint8 [3, H, W] or [H, W, 3], `probabilities` [C]; `true_label` a class name or number.
+    """
+    probabilities = np.asarray(probabilities, dtype=float)
+    order = np.argsort(-probabilities, kind="stable")[:top]
+    names = [class_names[i] for i in order]
+    true = class_names[true_label] if isinstance(true_label, (int, np.integer)) else true_label
+    fig, (left, right) = _figure((FULL[0], 3.4), 1, 2, width_ratios=(3, 4))
+    _draw(left, _pictures(image[None])[0])
+    truth = "" if true is None else f", true label {true} {'✓' if true == names[0] else '✗'}"
+    fig.suptitle(f"predicted {names[0]}{truth}", fontsize=14)
+    frame = pd.DataFrame({"class": names, "probability (%)": 100 * probabilities[order]})
+    colors = [PALETTE[0], *[PALETTE[4]] * (len(names) - 1)]
+    look = {"palette": colors, "legend": False, "saturation": 1}
+    sns.barplot(frame, x="probability (%)", y="class", hue="class", ax=right, **look)
+    _label_bars(right, "{:.1f} %")
+    right.set(xlim=(0, 118), xticks=range(0, 101, 25), ylabel="")
+    right.grid(False, axis="y")
+    return fig
+
+
+def histogram_channels(images: Any) -> Figure:
+    """How often each brightness occurs in the red, green and blue channel of uint8 images."""
+    pictures = _pictures(images)
+    fig, ax = _figure(FULL)
+    value = np.arange(256)
+    for channel, (name, color, dash) in enumerate((("red", 1, "-"), ("green", 2, "--"), ("blue", 0, ":"))):
+        counts = np.bincount(pictures[..., channel].ravel(), minlength=256)
+        mean = (counts * value).sum() / counts.sum()
+        std = np.sqrt((counts * (value - mean) ** 2).sum() / counts.sum())
+        sns.histplot(x=value, weights=100 * counts / counts.sum(), binwidth=8, binrange=(0, 256), ax=ax,
+                     element="step", fill=False, color=PALETTE[color], linestyle=dash,
+                     label=f"{name}: mean {mean / 255:.3f}, std {std / 255:.3f}")
+    ax.set(xlabel="pixel value (0 dark, 255 bright)", ylabel="share of pixels (%)", xlim=(0, 256))
+    ax.set_ylim(bottom=0)
+    ax.legend()
+    return fig
+
+
+def _curves(histories: Mapping[str, pd.DataFrame], published: pd.DataFrame | None, what: str, scale: float,
+            ylabel: str) -> Figure:
+    """Draw `train_`, `val_` and `test_` + `what` of every history that has them; train is solid."""
+    fig, ax = _figure(FULL)
+    looks = [("published", published, GREY, None)] if published is not None else []
+    looks += [(label, frame, PALETTE[i % 4], MARKERS[i % 4]) for i, (label, frame) in enumerate(histories.items())]
+    for label, frame, color, marker in looks:
+        for part, name, dash in (("train", "train", "-"), ("val", "validation", "--"), ("test", "test", ":")):
+            points = frame.reindex(columns=["epoch", f"{part}_{what}"]).apply(pd.to_numeric, errors="coerce")
+            epochs, values = points.dropna().to_numpy(float).T
+            if len(epochs):
+                ax.plot(epochs, scale * values, color=color, linestyle=dash, label=f"{label}, {name}",
+                        marker=marker or ("x" if len(epochs) == 1 else None),
+                        markevery=max(1, len(epochs) // 10),
+                        markerfacecolor=color if part == "train" else "white")
+    ax.set(xlabel="epoch", ylabel=ylabel)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    if ax.lines:
+        if ax.dataLim.width == 0:
+            ax.set_xlim(ax.dataLim.x0 - 1, ax.dataLim.x0 + 1)
+        fig.legend(loc="outside right upper", frameon=False)
+    else:
+        ax.set(xticks=[], yticks=[])
+        ax.text(0.5, 0.5, "no epochs recorded", transform=ax.transAxes, ha="center", color=GREY)
+    return fig
+
+
+def loss_curves(histories: Mapping[str, pd.DataFrame], published: pd.DataFrame | None = None) -> Figure:
+    """Loss by epoch.
+
+    Parameters
+    ----------
+    histories : label -> frame with column epoch and any of train_loss, val_loss, test_loss; absent or empty
+        columns are left out, a single epoch is drawn as a point.
+    published : the published log, drawn in grey.
+    """
+    return _curves(histories, published, "loss", 1, "cross-entropy loss (nats)")
+
+
+def accuracy_curves(histories: Mapping[str, pd.DataFrame], published: pd.DataFrame | None = None) -> Figure:
+    """Accuracy in per cent by epoch, from what `loss_curves` takes with columns train_accuracy and so on."""
+    return _curves(histories, published, "accuracy", 100, "accuracy (%)")
+
+
+def lines(frame: pd.DataFrame, x: str, y: str, *, hue: str | None = None, xlabel: str = "", ylabel: str = "",
+          title: str = "", size: tuple[float, float] = FULL) -> Figure:
+    """Draw column `y` over `x`, one marked line for each value of `hue`."""
+    fig, ax = _figure(size)
+    style: dict[str, Any] = {"marker": "o", "color": PALETTE[0]}
+    if hue:
+        n = frame[hue].nunique()
+        style = {"hue": hue, "style": hue, "palette": list(PALETTE[:n]), "markers": list(MARKERS[:n])}
+    sns.lineplot(frame, x=x, y=y, errorbar=None, ax=ax, **style)
+    ax.set(xlabel=xlabel or x, ylabel=ylabel or y, title=title)
+    return fig
+
+
+def _label_bars(ax: Axes, fmt: str) -> None:
+    for bars_of_one_hue in ax.containers:
+        ax.bar_label(bars_of_one_hue, fmt=fmt, padding=4, fontsize=11)
+
+
+def bars(frame: pd.DataFrame, x: str, y: str, *, hue: str | None = None, xlabel: str = "", ylabel: str = "",
+         title: str = "", fmt: str = "{:.3g}", size: tuple[float, float] | None = None) -> Figure:
+    """Bars with their values; they lie where `x` is the numeric column and stand where it is `y`."""
+    lying = pd.api.types.is_numeric_dtype(frame[x]) and not pd.api.types.is_numeric_dtype(frame[y])
+    fig, ax = _figure(size or (FULL[0], max(2.4, 0.8 + 0.45 * len(frame)) if lying else FULL[1]))
+    colors = {"hue": hue, "palette": list(PALETTE[: frame[hue].nunique()])} if hue else {"color": PALETTE[0]}
+    sns.barplot(frame, x=x, y=y, errorbar=None, orient="h" if lying else "v", saturation=1, ax=ax, **colors)
+    for container, hatch in zip(ax.containers, HATCHES if hue else [""] * len(ax.containers), strict=False):
+        for bar in container:
+            bar.set_hatch(hatch)
+    _label_bars(ax, fmt)
+    ax.margins(**{"x" if lying else "y": 0.12})
+    ax.set(xlabel=xlabel or x, ylabel=ylabel or y, title=title)
+    ax.grid(False, axis="y" if lying else "x")
+    if hue:
+        sns.move_legend(ax, "center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return fig
+
+
+def confusion_matrix(matrix: Any, class_names: Sequence[str]) -> Figure:
+    """Heat map of counts, rows true and columns predicted; the colour is the share of the row."""
+    matrix = np.asarray(matrix).astype(int)
+    share = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    fig, ax = _figure((FULL[0], 6.6))
+    sns.heatmap(share, annot=matrix, fmt="d", cmap="cividis", norm=PowerNorm(0.5, 0, 100), square=True, ax=ax,
+                xticklabels=class_names, yticklabels=class_names, annot_kws={"fontsize": 11}, linewidths=0.5,
+                cbar_kws={"label": "share of the true class (%)", "ticks": [0, 1, 5, 20, 50, 100]})
+    ax.set(xlabel="predicted class", ylabel="true class")
+    ax.set_xticklabels(class_names, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_yticklabels(class_names, rotation=0)
+    return fig
+
+
+def calibration_curve(bins: pd.DataFrame, ece: float) -> Figure:
+    """Reliability curve of `results.calibration` above the number of images in each bin of confidence."""
+    fig, (top, low) = _figure((5.6, 5.4), 2, 1, sharex=True, height_ratios=(3, 1))
+    full = bins[bins["count"] > 0]
+    top.plot([0, 100], [0, 100], color=GREY, linestyle="--", label="perfectly calibrated")
+    sns.lineplot(x=100 * full["confidence"], y=100 * full["accuracy"], color=PALETTE[0], marker="o", ax=top,
+                 errorbar=None, label="this model")
+    top.set(ylabel="accuracy (%)", ylim=(0, 104), title=f"expected calibration error {100 * ece:.1f} %")
+    top.legend()
+    low.bar(100 * bins["low_edge"], bins["count"], 100 * (bins["high_edge"] - bins["low_edge"]), align="edge",
+            color=PALETTE[0], edgecolor="white")
+    low.set(xlabel="confidence: probability of the predicted class (%)", ylabel="images", xlim=(0, 104))
+    return fig
+
+
+def per_class_bars(frame: pd.DataFrame) -> Figure:
+    """Accuracy of each class, best first, with its 95 % interval (columns class, accuracy, low, high)."""
+    frame = frame.dropna(subset=["accuracy"]).sort_values("accuracy", ascending=False)
+    fig, ax = _figure((FULL[0], max(2.4, 0.9 + 0.36 * len(frame))))
+    sns.barplot(x=100 * frame["accuracy"], y=frame["class"], color=PALETTE[0], saturation=1, ax=ax)
+    _whiskers(ax, frame, "accuracy", "black")
+    for row, (value, high) in enumerate(zip(frame["accuracy"], frame["high"], strict=True)):
+        ax.annotate(f"{100 * value:.1f}", (100 * high, row), (6, 0), textcoords="offset points", va="center")
+    ax.set(xlabel="accuracy (%), with 95 % interval", ylabel="", xlim=(0, 109), xticks=range(0, 101, 20))
+    ax.grid(False, axis="y")
+    return fig
+
+
+def _whiskers(ax: Axes, frame: pd.DataFrame, value: str, color: str, **style: Any) -> None:
+    reach = 100 * np.abs(frame[["low", "high"]].to_numpy(float).T - frame[value].to_numpy(float))
+    rows = range(len(frame))
+    ax.errorbar(100 * frame[value], rows, xerr=reach, color=color, capsize=4, linestyle="none", **style)
+
+
+def run_comparison(frame: pd.DataFrame) -> Figure:
+    """Test accuracy and 95 % interval of each row of `results.compare_runs`, with its training time."""
+    fig, ax = _figure((FULL[0], 1.4 + 0.5 * len(frame)))
+    _whiskers(ax, frame, "test_accuracy", PALETTE[0], marker="o", markersize=8)
+    names = []
+    for row, run in enumerate(frame.to_dict("records")):
+        time = "" if pd.isna(run.get("minutes")) else f" · {run['minutes']:.3g} min"
+        accuracy = 100 * run["test_accuracy"]
+        ax.annotate(f"{accuracy:.1f} %{time}", (accuracy, row), (0, 7), textcoords="offset points", ha="center")
+        seeds = f", {run['seeds']} seeds" if run["seeds"] > 1 else ""
+        names.append(f"{run['recipe']}\n{run['backbone']}, {run['epochs']} epochs{seeds}")
+    ax.set(xlabel="test accuracy (%), with 95 % interval", ylim=(len(frame) - 0.5, -0.7))
+    ax.set_yticks(range(len(frame)), names)
+    ax.margins(x=0.15)
+    ax.grid(False, axis="y")
+    return fig

@@ -1,0 +1,369 @@
+"""Model surgery: open a pretrained backbone, change its stem, cut it, give it a ten-class head, freeze what should stay.
+
+`build_model(recipe)` does all of it; the single steps are public because notebook 03 takes them one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cifar_ft import CifarFtError
+from cifar_ft.recipes import Recipe
+from cifar_ft.sources import fetch_weights, resolve_backbone
+
+
+class SurgeryError(CifarFtError, ValueError):
+    """A change that this model does not allow, or weights that do not fit it."""
+
+
+def create_backbone(name: str) -> nn.Module:
+    """A backbone with random weights and its 1,000-class ImageNet head: resnet50, resnet18 or efficientnet_lite0."""
+    if name in ("resnet50", "resnet18"):
+        import torchvision.models
+
+        return getattr(torchvision.models, name)()
+    if name == "efficientnet_lite0":
+        import timm
+
+        return timm.create_model("tf_efficientnet_lite0")
+    raise SurgeryError(f"unknown backbone {name!r}; choose from resnet50, resnet18, efficientnet_lite0")
+
+
+def stages(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """The model's parts from input to output: stem, stage1, stage2, ..., top (if any) and head."""
+    if is_resnet(model):
+        body = {f"stage{i}": [getattr(model, f"layer{i}")] for i in range(1, 5)}
+        body = {name: part for name, part in body.items() if not isinstance(part[0], nn.Identity)}
+        return {"stem": [model.conv1, model.bn1], **body, "head": [model.fc]}
+    body = {f"stage{i}": [block] for i, block in enumerate(model.blocks, start=1)}
+    stem, top = [model.conv_stem, model.bn1], [model.conv_head, model.bn2]
+    return {"stem": stem, **body, "top": top, "head": [model.classifier]}
+
+
+def is_resnet(model: nn.Module) -> bool:
+    """Whether the model is a torchvision ResNet (the other backbone is timm's EfficientNet)."""
+    return hasattr(model, "layer1")
+
+
+def head(model: nn.Module) -> nn.Linear:
+    """The classification layer."""
+    return model.fc if is_resnet(model) else model.classifier
+
+
+def replace_head(model: nn.Module, num_classes: int = 10) -> nn.Module:
+    """Put a new, randomly initialised linear layer with `num_classes` outputs in place of the head. In place."""
+    new = nn.Linear(head(model).in_features, num_classes)
+    setattr(model, "fc" if is_resnet(model) else "classifier", new)
+    return model
+
+
+def replace_stem(model: nn.Module, stem: str = "cifar_random", max_pool: bool = True) -> nn.Module:
+    """Change the first convolution for 32-pixel images, and drop the max-pool behind it if asked. In place.
+
+    Parameters
+    ----------
+    stem : {"pretrained", "cifar_random", "cifar_resampled"}
+        `pretrained` leaves it as it is. `cifar_random` is a new 3x3 convolution with stride 1 and padding 1, as in the
+        published recipe. `cifar_resampled` has the same shape, but its kernel is the pretrained one resampled to 3x3 with
+        the sum of its weights kept; follow it with `refresh_batchnorm`, since its outputs have other statistics.
+    max_pool : bool
+        Keep the ResNet's 3x3 stride-2 max-pool behind the stem.
+    """
+    name = "conv1" if is_resnet(model) else "conv_stem"
+    old = getattr(model, name)
+    if stem not in ("pretrained", "cifar_random", "cifar_resampled"):
+        raise SurgeryError(f"unknown stem {stem!r}; choose from pretrained, cifar_random, cifar_resampled")
+    if stem != "pretrained":
+        new = nn.Conv2d(old.in_channels, old.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
+        if stem == "cifar_resampled":
+            with torch.no_grad():
+                new.weight.copy_(resample_kernel(old.weight, 3))
+        setattr(model, name, new)
+    if not max_pool:
+        if not is_resnet(model):
+            raise SurgeryError("efficientnet_lite0 has no max-pool to drop; use max_pool=true")
+        model.maxpool = nn.Identity()
+    return model
+
+
+def resample_kernel(kernel: Tensor, size: int) -> Tensor:
+    """Resample convolution kernels [O, I, K, K] to [O, I, size, size], keeping the sum of each kernel's weights."""
+    if kernel.shape[-1] == size:
+        return kernel
+    small = F.interpolate(kernel, (size, size), mode="bilinear", align_corners=False, antialias=True)
+    return small * (kernel.shape[-1] ** 2 / size**2)
+
+
+def cut(model: nn.Module, last_stage: int | None) -> nn.Module:
+    """End a ResNet behind stage 1, 2 or 3 and fit the width of the head to it; `None` leaves it whole. In place."""
+    if last_stage is None:
+        return model
+    if not is_resnet(model):
+        raise SurgeryError("only ResNets can be cut; use last_stage=none for efficientnet_lite0")
+    if last_stage not in (1, 2, 3):
+        raise SurgeryError(f"last_stage={last_stage!r} is out of range; choose 1, 2, 3 or none")
+    for stage in range(last_stage + 1, 5):
+        setattr(model, f"layer{stage}", nn.Identity())
+    block = getattr(model, f"layer{last_stage}")[-1]
+    width = (block.bn3 if hasattr(block, "bn3") else block.bn2).num_features
+    model.fc = nn.Linear(width, model.fc.out_features)
+    return model
+
+
+class _Frozen:
+    """Mixed into a BatchNorm layer's class: the layer stays in eval mode whatever `model.train()` says."""
+
+    def train(self, mode: bool = True):
+        return super().train(False)
+
+
+_FROZEN: dict[type, type] = {}
+
+
+def freeze(model: nn.Module, upto: str = "backbone") -> nn.Module:
+    """Freeze the model from its input up to and including a part; parts behind it become trainable. In place.
+
+    A frozen part gets no gradients, and its BatchNorm layers normalise with their stored statistics, which no longer
+    move, even after `model.train()`. (With `requires_grad=False` alone they would keep moving: pytorch/pytorch#86590.)
+
+    Parameters
+    ----------
+    upto : str
+        "none", "stem", "stage1", ... or "backbone" (all but the head).
+    """
+    parts = stages(model)
+    names = [name for name in parts if name not in ("head", "top")]
+    if upto not in ("none", "backbone", *names):
+        raise SurgeryError(f"cannot freeze up to {upto!r}; this model has none, {', '.join(names)}, backbone")
+    last = {"none": -1, "backbone": len(parts) - 2}.get(upto)
+    last = list(parts).index(upto) if last is None else last
+    for position, part in enumerate(parts.values()):
+        for module in part:
+            module.requires_grad_(position > last)
+            for layer in module.modules():
+                if isinstance(layer, _BatchNorm):
+                    _set_frozen(layer, position <= last)
+    return model
+
+
+def _set_frozen(layer: _BatchNorm, frozen: bool) -> None:
+    kind = type(layer)
+    if frozen and not isinstance(layer, _Frozen):
+        layer.__class__ = _FROZEN.setdefault(kind, type(f"Frozen{kind.__name__}", (_Frozen, kind), {}))
+        layer.eval()
+    elif not frozen and isinstance(layer, _Frozen):
+        layer.__class__ = kind.__mro__[2]
+        layer.train()
+
+
+@torch.no_grad()
+def refresh_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+    """Set the running statistics of every BatchNorm that is not frozen to the average over these input batches. In place.
+
+    Needed after a change that moves the statistics: another stem, another image size. Parameters
+    ----------
+    batches : iterable of float Tensor [B, 3, S, S]
+    """
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, _Frozen)]
+    momenta, training = [layer.momentum for layer in layers], {m: m.training for m in model.modules()}
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # a plain average over all batches
+    model.train()
+    for batch in batches:
+        model(batch)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    for module, mode in training.items():
+        module.training = mode
+    return model
+
+
+def features(model: nn.Module, images: Tensor) -> Tensor:
+    """What the head sees: pooled features [B, D] of the input batch [B, 3, S, S]."""
+    seen: list[Tensor] = []
+    handle = head(model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        model(images)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a weights file gave a model, tensor by tensor."""
+
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    def table(self) -> pd.DataFrame:
+        """One row a layer: tensors loaded, tensors of the model, and whether it was loaded, in part, or not."""
+        rows: dict[str, list[int]] = {}
+        for names, loaded in ((self.loaded, 1), (self.missing, 0)):
+            for name in names:
+                counts = rows.setdefault(name.rpartition(".")[0], [0, 0])
+                counts[0] += loaded
+                counts[1] += 1
+        frame = pd.DataFrame([(layer, *counts) for layer, counts in rows.items()], columns=["layer", "loaded", "tensors"])
+        full, empty = frame.loaded == frame.tensors, frame.loaded == 0
+        return frame.assign(status=["loaded" if f else "missing" if e else "in part" for f, e in zip(full, empty, strict=True)])
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], backbone: str) -> LoadReport:
+    """Copy pretrained tensors into a backbone whose head and cut-off stages may differ from the file's.
+
+    A partial file is allowed and reported; a file of another architecture, with other shapes or with values that are not
+    finite is refused before anything is changed.
+
+    Raises
+    ------
+    SurgeryError
+    """
+    whole = create_backbone(backbone).state_dict()
+    head_keys = {"fc.weight", "fc.bias", "classifier.weight", "classifier.bias"}
+    strange = [key for key in state if key not in whole]
+    common = [key for key in state if key in whole and key not in head_keys]
+    if strange or not common:
+        example = f"; it has {strange[0]!r}, for example" if strange else ""
+        raise SurgeryError(
+            f"these weights are not of a {backbone}: {len(common)} of its {len(whole)} tensors are known by name and "
+            f"{len(strange)} are of another architecture{example}. Choose the backbone they were made for, with "
+            "torchvision's names for ResNets or timm's for efficientnet_lite0"
+        )
+    wrong = [key for key in common if state[key].shape != whole[key].shape]
+    if wrong:
+        key = wrong[0]
+        raise SurgeryError(
+            f"{len(wrong)} tensors have the wrong shape for {backbone}: {key} is {list(state[key].shape)} and should be "
+            f"{list(whole[key].shape)}. Choose the backbone these weights were made for"
+        )
+    bad = [key for key in common if state[key].is_floating_point() and not state[key].isfinite().all()]
+    if bad:
+        raise SurgeryError(f"{bad[0]} holds values that are not finite; the weights file is damaged, fetch it again")
+    own = {key: value for key, value in model.state_dict().items() if key not in head_keys}
+    loaded = [key for key in own if key in state]
+    # Old files lack the step counters of BatchNorm, which nothing here reads.
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    with torch.no_grad():
+        for key in loaded:
+            own[key].copy_(state[key])
+    return LoadReport(tuple(loaded), tuple(missing), tuple(key for key in state if key not in own))
+
+
+def build_model(recipe: Recipe, echo=print) -> nn.Module:
+    """The model that a recipe asks for: backbone, ImageNet weights, cut, stem, new head, frozen parts.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    echo : callable
+        Receives a line on the backbone and weights used and where they came from.
+
+    Returns
+    -------
+    nn.Module
+        Maps float images [B, 3, S, S] to logits [B, 10]. Its attribute `weights_info` says which backbone and weights
+        were used, from where, with which digest and licence, and which tensors a partial file left random.
+
+    Raises
+    ------
+    SourceError
+        When the weights cannot be had; random weights are only ever used on purpose, with `weights="none"`.
+    SurgeryError
+        When they do not fit the backbone.
+    """
+    backbone, weights = _backbone_and_weights(recipe, echo)
+    recipe.replace(backbone=backbone)  # what "auto" became must allow the recipe's other settings
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = cut(create_backbone(backbone), recipe.last_stage)
+        report = load_state(model, weights.state_dict, backbone) if weights else None
+        replace_head(replace_stem(model, recipe.stem, recipe.max_pool))
+    freeze(model, recipe.freeze)
+    model.weights_info = {
+        "backbone": backbone,
+        "weights": weights.name if weights else "none",
+        "source": weights.source if weights else "random initialisation, as asked",
+        "sha256": weights.sha256 if weights else None,
+        "licence": weights.licence if weights else None,
+        "loaded": len(report.loaded) if report else 0,
+        "missing": list(report.missing) if report else [],
+    }
+    echo(f"Model: {backbone}, weights {model.weights_info['weights']} ({model.weights_info['source']})")
+    if report and report.missing:
+        layers = sorted({key.split(".")[0] for key in report.missing})
+        echo(f"Note: the weights file has no {', '.join(layers)}; {len(report.missing)} tensors there stay random")
+    return model
+
+
+def _backbone_and_weights(recipe: Recipe, echo):
+    if recipe.weights == "none":
+        return ("resnet50" if recipe.backbone == "auto" else recipe.backbone), None
+    if recipe.weights == "imagenet":
+        backbone = resolve_backbone(recipe.backbone, echo)
+        return backbone, fetch_weights(backbone, "imagenet", echo)
+    backbone = recipe.backbone
+    weights = fetch_weights(backbone, str(Path(recipe.weights).expanduser()), echo)
+    if backbone == "auto":  # a local file says by its names which backbone it is for
+        names = weights.state_dict
+        resnet = "resnet50" if "layer1.0.conv3.weight" in names else "resnet18"
+        backbone = "efficientnet_lite0" if "conv_stem.weight" in names else resnet
+    return backbone, weights
+
+
+def summarize(model: nn.Module, image_size: int) -> pd.DataFrame:
+    """One row for each part of the model, for an image of `image_size` pixels (torchinfo does the counting).
+
+    Returns
+    -------
+    DataFrame
+        Columns part, output (channels x height x width), parameters, trainable (parameters with gradients), gmac
+        (10^9 multiply-adds an image) and batchnorm ("moves", "frozen", or empty where there is none).
+    """
+    from torchinfo import summary
+
+    training = {m: m.training for m in model.modules()}
+    device = next(model.parameters()).device
+    info = summary(model, input_size=(1, 3, image_size, image_size), depth=9, verbose=0, mode="eval", device=device)
+    for module, mode in training.items():
+        module.training = mode
+    calls = {id(layer.module): layer for layer in info.summary_list}
+    rows = []
+    for name, part in stages(model).items():
+        leaves = [m for module in part for m in module.modules() if not list(m.children())]
+        norms = [m for m in leaves if isinstance(m, _BatchNorm)]
+        norms = norms or [m for module in part for m in module.modules() if isinstance(m, _BatchNorm)]
+        parameters = [p for module in part for p in module.parameters()]
+        rows.append(
+            {
+                "part": name,
+                "output": "x".join(map(str, calls[id(part[-1])].output_size[1:])),
+                "parameters": sum(p.numel() for p in parameters),
+                "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+                "gmac": sum(calls[id(m)].macs for m in leaves if id(m) in calls) / 1e9,
+                "batchnorm": ("frozen" if all(isinstance(m, _Frozen) for m in norms) else "moves") if norms else "",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def compare(before: nn.Module, after: nn.Module, image_size: int, size_before: int | None = None) -> pd.DataFrame:
+    """The tables of two models side by side, one row a part, with a row of totals."""
+    frames = [summarize(before, size_before or image_size), summarize(after, image_size)]
+    sides = []
+    for frame in frames:
+        total = {"part": "total", "output": "", "batchnorm": "", **frame[["parameters", "trainable", "gmac"]].sum()}
+        sides.append(pd.concat([frame, pd.DataFrame([total])]).set_index("part"))
+    order = list(dict.fromkeys([*sides[0].index, *sides[1].index]))
+    order.append(order.pop(order.index("total")))
+    return pd.concat(sides, axis=1, keys=["before", "after"]).reindex(order)

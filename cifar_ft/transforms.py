@@ -1,0 +1,133 @@
+"""Augmentation and normalisation on whole uint8 batches: per-image random crop and flip, resize, normalise.
+
+The random draws are equal in distribution to torchvision's RandomCrop and RandomHorizontalFlip, one draw per image, but a
+batch is cropped by one gather instead of image by image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cifar_ft.recipes import Recipe
+
+# Channel means and standard deviations of pixels scaled to [0, 1].
+NORMALIZATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar10": ((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)),
+    # What the published code uses: its std is the mean of the images' own standard deviations, not that of all pixels.
+    "cifar10_published": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+}
+
+
+def random_crop(images: Tensor, offsets: Tensor, padding: int = 4) -> Tensor:
+    """Pad each image with black and cut a window of the original size at its own offset.
+
+    Parameters
+    ----------
+    images : Tensor [B, C, H, W]
+    offsets : int64 Tensor [B, 2]
+        Row and column of the window's corner in the padded image, each 0 to 2 * padding.
+    padding : int
+        Pixels added on every side.
+
+    Returns
+    -------
+    Tensor [B, C, H, W] of the same dtype.
+    """
+    batch, _, height, width = images.shape
+    padded = F.pad(images, (padding,) * 4)
+    rows = offsets[:, 0, None] + torch.arange(height, device=images.device)
+    columns = offsets[:, 1, None] + torch.arange(width, device=images.device)
+    index = torch.arange(batch, device=images.device)[:, None, None]
+    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def random_flip(images: Tensor, flips: Tensor) -> Tensor:
+    """Mirror the images [B, C, H, W] whose entry of `flips` (bool Tensor [B]) is true."""
+    return torch.where(flips[:, None, None, None], images.flip(3), images)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Resize float images [B, C, H, W] to `size` pixels square: bilinear, with anti-aliasing when they get smaller."""
+    if tuple(images.shape[-2:]) == (size, size):
+        return images
+    smaller = size < min(images.shape[-2:])
+    return F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=smaller)
+
+
+def normalize(images: Tensor, normalization: str = "imagenet") -> Tensor:
+    """uint8 images (or floats in [0, 255]) [B, 3, H, W] to float32 with the named channel mean and std taken out."""
+    mean, std = (_channels(values, images.device) for values in NORMALIZATIONS[normalization])
+    return (images.float() - 255 * mean) / (255 * std)
+
+
+def denormalize(images: Tensor, normalization: str = "imagenet") -> Tensor:
+    """The inverse of `normalize`: uint8 images to look at, so that colours are true and not clipped."""
+    mean, std = (_channels(values, images.device) for values in NORMALIZATIONS[normalization])
+    return (images * 255 * std + 255 * mean).round().clamp(0, 255).to(torch.uint8)
+
+
+def draw(n: int, padding: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Draw the augmentation of `n` images: offsets int64 [n, 2], uniform over 0 to 2 * padding, and flips bool [n]."""
+    offsets = torch.randint(0, 2 * padding + 1, (n, 2), generator=generator)
+    return offsets, torch.rand(n, generator=generator) < 0.5
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Crop, flip, resize, normalise. Draws on the CPU, so that every device augments alike."""
+
+    padding: int
+    flip: bool
+    normalization: str
+    size: int
+
+    def __call__(
+        self,
+        images: Tensor,
+        generator: torch.Generator | None = None,
+        size: int | None = None,
+        draws: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """uint8 [B, 3, H, W] to float32 [B, 3, S, S], augmented by `draws` or else by fresh ones from `generator`."""
+        offsets, flips = draws or draw(len(images), self.padding, generator)
+        if self.padding:
+            images = random_crop(images, offsets.to(images.device), self.padding)
+        if self.flip:
+            images = random_flip(images, flips.to(images.device))
+        return _to_input(images, size or self.size, self.normalization)
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """Resize and normalise: the same picture always gives the same input."""
+
+    normalization: str
+    size: int
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] to float32 [B, 3, S, S]."""
+        return _to_input(images, self.size, self.normalization)
+
+
+def train_transform(recipe: Recipe) -> TrainTransform:
+    """The recipe's training transform, on whole batches."""
+    return TrainTransform(recipe.crop_padding, recipe.flip, recipe.normalization, recipe.image_size)
+
+
+def eval_transform(recipe: Recipe) -> EvalTransform:
+    """The recipe's evaluation transform: no augmentation."""
+    return EvalTransform(recipe.normalization, recipe.image_size)
+
+
+def _to_input(images: Tensor, size: int, normalization: str) -> Tensor:
+    # Normalising first is the same (both steps are linear and the resize weights sum to 1) and touches fewer pixels.
+    return resize(normalize(images, normalization), size).contiguous(memory_format=torch.channels_last)
+
+
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).view(1, 3, 1, 1)
