@@ -1,7 +1,7 @@
 """Read the files of each CIFAR-10 source into arrays, in memory and without running anything that they hold.
 
-`sources` decides whether the arrays are truly CIFAR-10; a decoder gets the batch names and returns all batches,
-in whatever order they stand: images u8 [N, 32, 32, 3] and labels u8 [N].
+`sources` decides whether the arrays are truly CIFAR-10; a decoder gets the batch names and returns all
+batches, in whatever order they stand: images u8 [N, 32, 32, 3] and labels u8 [N].
 """
 
 from __future__ import annotations

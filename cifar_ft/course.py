@@ -1,5 +1,5 @@
-"""The whole course in one go: papermill runs the notebooks in order, each with checked parameters, into one folder.
-What papermill lets pass in silence (unknown names, strings for numbers, another Python's kernel) is refused here.
+"""The whole course in one go: the notebooks run in order, each with checked parameters, into one folder.
+What papermill lets pass in silence (unknown names, strings for numbers) is refused here before anything runs.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ __all__ = [
 class ParameterError(CourseError, ValueError):
     """A parameter that no notebook declares, or a value of another type than the declared one."""
 
+    wrong_argument = True  # the command line ends with status 2
+
 
 @dataclass(frozen=True)
 class CourseResult:
@@ -74,9 +76,11 @@ class CourseResult:
         facts = {"executed notebooks": show_path(self.path)}
         if self.metrics:
             weights, data = (self.config or {}).get("weights", {}), (self.config or {}).get("data", {})
-            low, high = self.metrics["test_accuracy_ci95"]
+            accuracy, *interval = (
+                f"{100 * x:.2f}" for x in (self.metrics["test_accuracy"], *self.metrics["test_accuracy_ci95"])
+            )
             facts = {
-                "test accuracy": f"{100 * self.metrics['test_accuracy']:.2f} % [{100 * low:.2f}, {100 * high:.2f}]",
+                "test accuracy": f"{accuracy} % [{', '.join(interval)}]",
                 "backbone": self.metrics["backbone"],
                 "weights": f"{self.metrics['weights']}, from {weights.get('source', 'nowhere')}",
                 "data": data.get("source", "unknown"),
@@ -87,7 +91,7 @@ class CourseResult:
 
 
 def find_notebooks(folder: str | Path | None = None) -> list[Path]:
-    """Return the course's notebooks in `folder` (default: the checkout's ``notebooks/``, else ``./notebooks``)."""
+    """Return the notebooks in `folder` (default: the checkout's ``notebooks/``, else ``./notebooks``)."""
     folder = Path(folder) if folder else (checkout() or Path.cwd()) / "notebooks"
     paths = sorted(folder.glob("*.ipynb"))
     if not paths:
@@ -132,7 +136,7 @@ def parameters(path: str | Path) -> dict[str, tuple[Any, type]]:
             declared[target.id] = (default, kind)
         except (AttributeError, KeyError, ValueError, TypeError) as error:
             raise CourseError(
-                f"{path.name}: `{ast.unparse(node)}` is not a typed literal; its parameters cell may hold only "
+                f"{path.name}: `{ast.unparse(node)}` is not a typed literal; the parameters cell holds only "
                 f"lines like `EPOCHS: int = 5` ({', '.join(TYPES)})"
             ) from error
     return declared

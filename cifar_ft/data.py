@@ -69,7 +69,8 @@ class Split(Dataset):
     def subset(self, n: int | None, seed: int = 0) -> Split:
         """A stratified random subset of `n` images in the split's order.
 
-        Each class keeps its share of the images to within one. The same seed gives the same subset; `None` gives all.
+        Classes of about equal size, as CIFAR-10 has them, keep their share of the images to within one. The same seed
+        gives the same subset, and a larger one holds the smaller; `None` gives all.
         """
         if n is None or n == len(self):
             return self
@@ -214,14 +215,15 @@ def pixel_statistics(images: Tensor) -> dict[str, tuple[float, ...]]:
     dict with "mean", "std" (over all pixels) and "mean_of_image_stds" (the mean of each image's own standard deviation),
     three floats each.
     """
-    totals = torch.zeros(3, 3, dtype=torch.float64)  # sums, squares, per-image standard deviations
-    for chunk in images.split(5000):
-        pixels = chunk.flatten(2).double() / 255
-        totals += torch.stack([pixels.sum((0, 2)), pixels.square().sum((0, 2)), pixels.std(2).sum(0)])
-    count = images[:, 0].numel()
-    mean = totals[0] / count
-    std = (totals[1] / count - mean.square()).sqrt()
-    values = {"mean": mean, "std": std, "mean_of_image_stds": totals[2] / len(images)}
+    parts = [torch.var_mean(chunk.flatten(2).float() / 255, dim=2) for chunk in images.split(5000)]
+    variances, means = (torch.cat(values).double() for values in zip(*parts, strict=True))  # of each image, [N, 3]
+    pixels = images[0, 0].numel()
+    within = variances * (pixels - 1) / pixels  # torch divides by one less, the spread over all pixels does not
+    values = {
+        "mean": means.mean(0),
+        "std": (within.mean(0) + means.var(0, correction=0)).sqrt(),
+        "mean_of_image_stds": variances.sqrt().mean(0),
+    }
     return {key: tuple(value.tolist()) for key, value in values.items()}
 
 

@@ -101,7 +101,8 @@ def locked(path: Path, what: str, echo: Callable[[str], object]) -> Iterator[Non
 
 def progress_bar(label: str, total: int | None) -> tqdm:
     """Return a byte counter on stderr that is silent where nobody watches (no terminal, no notebook)."""
-    watched = "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
+    notebook = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)() is not None
+    watched = notebook or (sys.stderr is not None and sys.stderr.isatty())
     return tqdm(
         total=total,
         desc=label,
@@ -290,7 +291,7 @@ def _run(command: list[str], folder: Path, limit: float, bar: tqdm | None = None
                 if time.monotonic() > deadline:
                     raise SourceError(f"npm {command[1]} gave no result within {limit:g} s")
                 if bar is not None:
-                    bar.update(_size(folder) - bar.n)
+                    bar.update(min(_size(folder), bar.total) - bar.n)
                 time.sleep(0.1)
         finally:
             if process.poll() is None:

@@ -1,5 +1,5 @@
-"""One notebook: run it with this interpreter and keep what it wrote, or bring its outputs back into the committed file.
-`course` calls it for every notebook in turn.
+"""One notebook at a time, for `course`: run it with this interpreter and keep whatever it wrote.
+`publish` brings the outputs of a complete run back into the committed files.
 """
 
 from __future__ import annotations
@@ -45,12 +45,14 @@ def execute(path: Path, out: Path, given: dict[str, Any]) -> None:
         from papermill.exceptions import PapermillExecutionError
     except ModuleNotFoundError as error:
         raise CourseError(f"running notebooks needs {error.name}: pip install -r requirements.txt") from error
+    source, target = (str(name).replace("{", "{{").replace("}", "}}") for name in (path, out))
     try:
-        papermill.execute_notebook(
-            str(path),
-            str(out).replace("{", "{{").replace("}", "}}"),  # papermill formats its output path
+        papermill.execute_notebook(  # it calls str.format on its paths
+            source,
+            target,
             given,
             kernel_name="python3",
+            language="python",
             kernel_manager_class=_kernel_manager_class(),
             progress_bar=False,
             cwd=str(path.parent),
@@ -70,7 +72,7 @@ def _kernel_manager_class() -> type:
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 
-    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
     path = [str(checkout() or ""), os.environ.get("PYTHONPATH", "")]
     env = {"PYTHONPATH": os.pathsep.join(filter(None, path))}
 
@@ -87,7 +89,7 @@ def _kernel_manager_class() -> type:
 
 
 def _failure(out: Path, reason: str) -> str:
-    """Say in two lines which cell of the notebook saved at `out` was the last to start, and why it stopped."""
+    """Say in two lines which cell of the notebook at `out` was the last to start, and why it stopped."""
     import nbformat
 
     cells = [cell for cell in nbformat.read(out, 4).cells if cell.cell_type == "code"]
@@ -98,7 +100,7 @@ def _failure(out: Path, reason: str) -> str:
 
 
 def drop_widgets(notebook: Any) -> None:
-    """Remove widget state and widget views in place: a file cannot run them, and GitHub refuses half of one."""
+    """Remove widget state and views in place: a file cannot run them, and GitHub refuses half of one."""
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
@@ -152,12 +154,13 @@ def publish(out: str | Path, notebooks_dir: str | Path) -> list[str]:
             f"{show_path(out)} holds no complete run of the course; run it again and publish then"
         )
     if record["changed"]:
+        names = ", ".join(record["changed"])
         raise CourseError(
-            f"{show_path(out)} was run with other values than the notebooks show for {', '.join(record['changed'])}; "
+            f"{show_path(out)} was run with values that the notebooks do not show: {names}; "
             "publish a run with the default parameters"
         )
     neutral = f"course-output/{record['parameters'].get('RECIPE', 'course')}"
-    private = {text: neutral for text in (str(out), show_path(out))}
+    private = dict.fromkeys((str(out), show_path(out)), neutral)
     updated = {}
     for name in record["seconds"]:
         source = nbformat.read(notebooks_dir / f"{name}.ipynb", 4)
@@ -168,7 +171,7 @@ def publish(out: str | Path, notebooks_dir: str | Path) -> list[str]:
 
 
 def _with_outputs(source: Any, executed: Any, name: str, private: dict[str, str]) -> Any:
-    """Return `source` with the outputs of `executed`, counted from 1 and free of what must not be committed."""
+    """Return `source` with the outputs of `executed`, counted from 1, free of what must not be committed."""
     from nbformat import from_dict
     from nbstripout import strip_output
 
@@ -181,10 +184,8 @@ def _with_outputs(source: Any, executed: Any, name: str, private: dict[str, str]
     for count, (cell, done) in enumerate(zip(code(source), ran, strict=True), 1):
         kept = [output for output in done.outputs if output.get("name") != "stderr"]
         text: list[str] = []
-        cell.outputs, cell.execution_count = (
-            [from_dict(_neutral(output, private, text)) for output in kept],
-            count,
-        )
+        cell.outputs = [from_dict(_neutral(output, private, text)) for output in kept]
+        cell.execution_count = count
         for output in cell.outputs:
             if output.output_type == "error":
                 raise CourseError(
@@ -216,7 +217,7 @@ def _neutral(value: Any, private: dict[str, str], text: list[str]) -> Any:
 
 
 def machine_path(text: str) -> str | None:
-    """Return the first path in `text` that only exists on one machine, if any; images in base64 are skipped."""
+    """Return the first path in `text` that exists on one machine only, if any; base64 is skipped."""
     here = [str(path) for path in (Path.home(), Path.cwd(), checkout() or Path.cwd()) if len(path.parts) > 1]
     pattern = "|".join(
         [*map(re.escape, here), r"/(?:home|Users|tmp|private|var/folders)/\w", r"\b[A-Z]:\\+\w"]

@@ -33,10 +33,8 @@ DPI, GAP, HEAVY = 120, 6, 120_000  # dots an inch, dots between pictures, bytes
 
 def use_style() -> None:
     """Set the course's seaborn theme; every function here does so itself."""
-    sizes = {"font.size": 12, "axes.labelsize": 13, "axes.titlesize": 13, "xtick.labelsize": 12,
-             "ytick.labelsize": 12, "legend.fontsize": 12, "lines.linewidth": 2, "lines.markersize": 6}
-    rc = {**sizes, "axes.edgecolor": GREY}
-    sns.set_theme(style="whitegrid", palette=PALETTE, font="DejaVu Sans", rc=rc)
+    rc = {"axes.edgecolor": GREY, "lines.linewidth": 2}
+    sns.set_theme("notebook", "whitegrid", PALETTE, "DejaVu Sans", font_scale=1.1, rc=rc)
 
 
 def _figure(size: tuple[float, float], rows: int = 1, cols: int = 1, **grid: Any) -> tuple[Figure, Any]:
@@ -114,10 +112,14 @@ def _pictures(images: Any) -> np.ndarray:
         return array.reshape(array.shape[:3])
     if array.ndim != 4 or array.shape[-1] != 3:
         raise ValueError(f"images have shape {array.shape}; expected [N, 3, H, W], [N, H, W, 3] or [N, H, W]")
-    if array.dtype != np.uint8 and not (array.min() >= 0 and array.max() <= 1):
-        raise ValueError(f"images run from {array.min():.3g} to {array.max():.3g}; pictures are uint8 or 0 to 1, "
-                         "so undo the normalisation first (transforms.denormalize)")
-    return array
+    if array.dtype == np.uint8:
+        return array
+    if not (array.min() >= -1e-3 and array.max() <= 1 + 1e-3):
+        span = f"{array.min():.3g} to {array.max():.3g}"
+        raise ValueError(
+            f"images run from {span}, not 0 to 1; undo normalisation first (transforms.denormalize)"
+        )
+    return array.astype(np.float32).clip(0, 1)
 
 
 def _draw(ax: Axes, picture: np.ndarray) -> None:
@@ -125,8 +127,9 @@ def _draw(ax: Axes, picture: np.ndarray) -> None:
     ax.set_axis_off()
 
 
-def image_grid(images: Any, titles: Sequence[str] | None = None, ncols: int = 8,
-               colors: Sequence[str] | None = None) -> Figure:
+def image_grid(
+    images: Any, titles: Sequence[str] | None = None, ncols: int = 8, colors: Sequence[str] | None = None
+) -> Figure:
     """Draw pictures in true colours, or [N, H, W] maps in cividis, in rows of `ncols`, with titles."""
     pictures = _pictures(images)
     if titles is not None and len(titles) != len(pictures):
@@ -136,21 +139,28 @@ def image_grid(images: Any, titles: Sequence[str] | None = None, ncols: int = 8,
     height, width = pictures.shape[1:3]
     room = min(FULL[0] * DPI / ncols, 260) - GAP
     zoom = max(1, int(2 * room / width)) / 2 if width <= room else room / width  # whole or half dots a pixel
-    lines = 0 if titles is None else max((title.count("\n") + 1 for title in titles), default=0)
-    step_x, step_y = zoom * width + GAP, zoom * height + GAP + 20 * lines
+    lines = [line for title in titles or () for line in title.split("\n")]
+    depth = max((title.count("\n") + 1 for title in titles or ()), default=0)
+    step_x, step_y = zoom * width + GAP, zoom * height + GAP + 20 * depth
     fig, _ = _figure(((ncols * step_x + GAP) / DPI, (rows * step_y + GAP) / DPI), 0, 0)
+    fontsize = np.clip(
+        step_x / max((len(line) for line in lines), default=1), 7, 10
+    )  # 10 dots a letter at 10 pt
     full = np.array([ncols * step_x + GAP, rows * step_y + GAP] * 2)
     for i, picture in enumerate(pictures):
         left, bottom = GAP + i % ncols * step_x, full[1] - (i // ncols + 1) * step_y
         ax = fig.add_axes(np.array([left, bottom, zoom * width, zoom * height]) / full)
         _draw(ax, picture)
         if titles is not None:
-            ax.set_title(titles[i], fontsize=10, pad=3, color=colors[i] if colors is not None else "black")
+            ax.set_title(
+                titles[i], fontsize=fontsize, pad=3, color=colors[i] if colors is not None else "black"
+            )
     return fig
 
 
-def prediction_grid(images: Any, predictions: Sequence[int], labels: Sequence[int], probabilities: Any,
-                    class_names: Sequence[str], ncols: int = 6) -> Figure:
+def prediction_grid(
+    images: Any, predictions: Any, labels: Any, probabilities: Any, class_names: Sequence[str], ncols: int = 6
+) -> Figure:
     """Pictures with their predicted class and its probability ([N] or [N, C]); errors name the true class."""
     probabilities = np.asarray(probabilities)
     if probabilities.ndim == 2:
@@ -164,8 +174,13 @@ def prediction_grid(images: Any, predictions: Sequence[int], labels: Sequence[in
     return image_grid(images, titles, ncols, colors)
 
 
-def prediction_figure(image: Any, probabilities: Any, class_names: Sequence[str],
-                      true_label: str | int | None = None, top: int = 5) -> Figure:
+def prediction_figure(
+    image: Any,
+    probabilities: Any,
+    class_names: Sequence[str],
+    true_label: str | int | None = None,
+    top: int = 5,
+) -> Figure:
     """One picture in true colours beside the bars of its `top` most probable classes.
 
     `image` is uint8 [3, H, W] or [H, W, 3], `probabilities` [C]; `true_label` a class name or number.
@@ -191,36 +206,42 @@ def prediction_figure(image: Any, probabilities: Any, class_names: Sequence[str]
 def histogram_channels(images: Any) -> Figure:
     """How often each brightness occurs in the red, green and blue channel of uint8 images."""
     pictures = _pictures(images)
+    if pictures.dtype != np.uint8 or pictures.ndim != 4:
+        raise ValueError(f"images are {pictures.dtype} {pictures.shape}; give uint8 colour images")
     fig, ax = _figure(FULL)
     value = np.arange(256)
+    look = {"binwidth": 8, "binrange": (0, 256), "element": "step", "fill": False, "ax": ax}
     for channel, (name, color, dash) in enumerate((("red", 1, "-"), ("green", 2, "--"), ("blue", 0, ":"))):
         counts = np.bincount(pictures[..., channel].ravel(), minlength=256)
         mean = (counts * value).sum() / counts.sum()
         std = np.sqrt((counts * (value - mean) ** 2).sum() / counts.sum())
-        sns.histplot(x=value, weights=100 * counts / counts.sum(), binwidth=8, binrange=(0, 256), ax=ax,
-                     element="step", fill=False, color=PALETTE[color], linestyle=dash,
-                     label=f"{name}: mean {mean / 255:.3f}, std {std / 255:.3f}")
+        label = f"{name}: mean {mean / 255:.3f}, std {std / 255:.3f}"
+        share = 100 * counts / counts.sum()
+        sns.histplot(x=value, weights=share, color=PALETTE[color], linestyle=dash, label=label, **look)
     ax.set(xlabel="pixel value (0 dark, 255 bright)", ylabel="share of pixels (%)", xlim=(0, 256))
     ax.set_ylim(bottom=0)
     ax.legend()
     return fig
 
 
-def _curves(histories: Mapping[str, pd.DataFrame], published: pd.DataFrame | None, what: str, scale: float,
-            ylabel: str) -> Figure:
+def _curves(histories: Mapping[str, pd.DataFrame], published: pd.DataFrame | None, what: str) -> Figure:
     """Draw `train_`, `val_` and `test_` + `what` of every history that has them; train is solid."""
+    scale, ylabel = {"loss": (1, "cross-entropy loss (nats)"), "accuracy": (100, "accuracy (%)")}[what]
     fig, ax = _figure(FULL)
     looks = [("published", published, GREY, None)] if published is not None else []
-    looks += [(label, frame, PALETTE[i % 4], MARKERS[i % 4]) for i, (label, frame) in enumerate(histories.items())]
+    for i, (label, frame) in enumerate(histories.items()):
+        looks.append((label, frame, PALETTE[i % 4], MARKERS[i % 4]))
     for label, frame, color, marker in looks:
         for part, name, dash in (("train", "train", "-"), ("val", "validation", "--"), ("test", "test", ":")):
             points = frame.reindex(columns=["epoch", f"{part}_{what}"]).apply(pd.to_numeric, errors="coerce")
             epochs, values = points.dropna().to_numpy(float).T
             if len(epochs):
-                ax.plot(epochs, scale * values, color=color, linestyle=dash, label=f"{label}, {name}",
-                        marker=marker or ("x" if len(epochs) == 1 else None),
-                        markevery=max(1, len(epochs) // 10),
-                        markerfacecolor=color if part == "train" else "white")
+                dots = {
+                    "marker": marker or ("x" if len(epochs) == 1 else None),
+                    "markevery": -(-len(epochs) // 12),
+                }
+                dots["markerfacecolor"] = color if part == "train" else "white"
+                ax.plot(epochs, scale * values, dash, color=color, label=f"{label}, {name}", **dots)
     ax.set(xlabel="epoch", ylabel=ylabel)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     if ax.lines:
@@ -242,24 +263,23 @@ def loss_curves(histories: Mapping[str, pd.DataFrame], published: pd.DataFrame |
         columns are left out, a single epoch is drawn as a point.
     published : the published log, drawn in grey.
     """
-    return _curves(histories, published, "loss", 1, "cross-entropy loss (nats)")
+    return _curves(histories, published, "loss")
 
 
 def accuracy_curves(histories: Mapping[str, pd.DataFrame], published: pd.DataFrame | None = None) -> Figure:
     """Accuracy in per cent by epoch, from what `loss_curves` takes with columns train_accuracy and so on."""
-    return _curves(histories, published, "accuracy", 100, "accuracy (%)")
+    return _curves(histories, published, "accuracy")
 
 
-def lines(frame: pd.DataFrame, x: str, y: str, *, hue: str | None = None, xlabel: str = "", ylabel: str = "",
-          title: str = "", size: tuple[float, float] = FULL) -> Figure:
-    """Draw column `y` over `x`, one marked line for each value of `hue`."""
+def lines(frame: pd.DataFrame, x: str, y: str, *, hue: str | None = None, size=FULL, **axes: Any) -> Figure:
+    """Draw `y` over `x`, a marked line for each `hue`; `axes` are xlabel, ylabel, title, xscale, ..."""
     fig, ax = _figure(size)
     style: dict[str, Any] = {"marker": "o", "color": PALETTE[0]}
     if hue:
         n = frame[hue].nunique()
         style = {"hue": hue, "style": hue, "palette": list(PALETTE[:n]), "markers": list(MARKERS[:n])}
     sns.lineplot(frame, x=x, y=y, errorbar=None, ax=ax, **style)
-    ax.set(xlabel=xlabel or x, ylabel=ylabel or y, title=title)
+    ax.set(**axes)
     return fig
 
 
@@ -268,9 +288,17 @@ def _label_bars(ax: Axes, fmt: str) -> None:
         ax.bar_label(bars_of_one_hue, fmt=fmt, padding=4, fontsize=11)
 
 
-def bars(frame: pd.DataFrame, x: str, y: str, *, hue: str | None = None, xlabel: str = "", ylabel: str = "",
-         title: str = "", fmt: str = "{:.3g}", size: tuple[float, float] | None = None) -> Figure:
-    """Bars with their values; they lie where `x` is the numeric column and stand where it is `y`."""
+def bars(
+    frame: pd.DataFrame,
+    x: str,
+    y: str,
+    *,
+    hue: str | None = None,
+    fmt: str = "{:.3g}",
+    size=None,
+    **axes: Any,
+) -> Figure:
+    """Bars with their values, lying where `x` is the numeric column, else standing; `axes` as for `lines`."""
     lying = pd.api.types.is_numeric_dtype(frame[x]) and not pd.api.types.is_numeric_dtype(frame[y])
     fig, ax = _figure(size or (FULL[0], max(2.4, 0.8 + 0.45 * len(frame)) if lying else FULL[1]))
     colors = {"hue": hue, "palette": list(PALETTE[: frame[hue].nunique()])} if hue else {"color": PALETTE[0]}
@@ -280,7 +308,7 @@ def bars(frame: pd.DataFrame, x: str, y: str, *, hue: str | None = None, xlabel:
             bar.set_hatch(hatch)
     _label_bars(ax, fmt)
     ax.margins(**{"x" if lying else "y": 0.12})
-    ax.set(xlabel=xlabel or x, ylabel=ylabel or y, title=title)
+    ax.set(**axes)
     ax.grid(False, axis="y" if lying else "x")
     if hue:
         sns.move_legend(ax, "center left", bbox_to_anchor=(1, 0.5), frameon=False)
@@ -292,26 +320,32 @@ def confusion_matrix(matrix: Any, class_names: Sequence[str]) -> Figure:
     matrix = np.asarray(matrix).astype(int)
     share = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     fig, ax = _figure((FULL[0], 6.6))
-    sns.heatmap(share, annot=matrix, fmt="d", cmap="cividis", norm=PowerNorm(0.5, 0, 100), square=True, ax=ax,
-                xticklabels=class_names, yticklabels=class_names, annot_kws={"fontsize": 11}, linewidths=0.5,
-                cbar_kws={"label": "share of the true class (%)", "ticks": [0, 1, 5, 20, 50, 100]})
+    bar = {"label": "share of the true class (%)", "ticks": [0, 1, 5, 20, 50, 100]}
+    look = {
+        "cmap": "cividis",
+        "norm": PowerNorm(0.5, 0, 100),
+        "square": True,
+        "linewidths": 0.5,
+        "cbar_kws": bar,
+    }
+    sns.heatmap(share, annot=matrix, fmt="d", annot_kws={"fontsize": 11}, ax=ax, **look)
     ax.set(xlabel="predicted class", ylabel="true class")
-    ax.set_xticklabels(class_names, rotation=45, ha="right", rotation_mode="anchor")
-    ax.set_yticklabels(class_names, rotation=0)
+    places = np.arange(len(class_names)) + 0.5
+    ax.set_xticks(places, class_names, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_yticks(places, class_names, rotation=0)
     return fig
 
 
 def calibration_curve(bins: pd.DataFrame, ece: float) -> Figure:
     """Reliability curve of `results.calibration` above the number of images in each bin of confidence."""
     fig, (top, low) = _figure((5.6, 5.4), 2, 1, sharex=True, height_ratios=(3, 1))
-    full = bins[bins["count"] > 0]
+    full = 100 * bins.loc[bins["count"] > 0, ["confidence", "accuracy"]]
     top.plot([0, 100], [0, 100], color=GREY, linestyle="--", label="perfectly calibrated")
-    sns.lineplot(x=100 * full["confidence"], y=100 * full["accuracy"], color=PALETTE[0], marker="o", ax=top,
-                 errorbar=None, label="this model")
+    sns.lineplot(full, x="confidence", y="accuracy", color=PALETTE[0], marker="o", label="this model", ax=top)
     top.set(ylabel="accuracy (%)", ylim=(0, 104), title=f"expected calibration error {100 * ece:.1f} %")
     top.legend()
-    low.bar(100 * bins["low_edge"], bins["count"], 100 * (bins["high_edge"] - bins["low_edge"]), align="edge",
-            color=PALETTE[0], edgecolor="white")
+    left, width = 100 * bins["low_edge"], 100 * (bins["high_edge"] - bins["low_edge"])
+    low.bar(left, bins["count"], width, align="edge", color=PALETTE[0], edgecolor="white")
     low.set(xlabel="confidence: probability of the predicted class (%)", ylabel="images", xlim=(0, 104))
     return fig
 
@@ -343,7 +377,8 @@ def run_comparison(frame: pd.DataFrame) -> Figure:
     for row, run in enumerate(frame.to_dict("records")):
         time = "" if pd.isna(run.get("minutes")) else f" · {run['minutes']:.3g} min"
         accuracy = 100 * run["test_accuracy"]
-        ax.annotate(f"{accuracy:.1f} %{time}", (accuracy, row), (0, 7), textcoords="offset points", ha="center")
+        place = {"xy": (accuracy, row), "xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
+        ax.annotate(f"{accuracy:.1f} %{time}", **place)
         seeds = f", {run['seeds']} seeds" if run["seeds"] > 1 else ""
         names.append(f"{run['recipe']}\n{run['backbone']}, {run['epochs']} epochs{seeds}")
     ax.set(xlabel="test accuracy (%), with 95 % interval", ylim=(len(frame) - 0.5, -0.7))

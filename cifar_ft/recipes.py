@@ -26,6 +26,7 @@ CHOICES = {
     "stem": ("pretrained", "cifar_random", "cifar_resampled"),
     "last_stage": (None, 1, 2, 3),
     "normalization": ("imagenet", "cifar10", "cifar10_published"),
+    "head_init": ("small", "default"),
     "freeze": ("none", "stem", *(f"stage{i}" for i in range(1, 8)), "backbone"),
     "schedule": ("constant", "cosine", "one_cycle"),
     "select": ("best", "last"),
@@ -52,6 +53,7 @@ class Recipe:
     stem: str = "pretrained"  # pretrained | cifar_random (new 3x3, stride 1) | cifar_resampled (3x3 from the pretrained kernel)
     max_pool: bool = True  # keep the ResNet's max-pool behind the stem
     last_stage: int | None = None  # cut a ResNet behind this stage
+    head_init: str = "small"  # small: weights of deviation 0.01 and no bias; default: PyTorch's, as published
     freeze: str = "none"  # none | stem | stage1 ... | backbone: the part that keeps its weights and BatchNorm statistics
     # the pictures
     image_size: int = 64  # of evaluation, and of training where train_sizes is empty
@@ -112,8 +114,9 @@ class Recipe:
     def replace(self, **changes) -> Recipe:
         """A checked copy with other values. A new number of epochs stretches or shortens `train_sizes` with it."""
         epochs = changes.get("epochs", self.epochs)
-        if self.train_sizes and "train_sizes" not in changes and isinstance(epochs, int) and epochs != self.epochs:
-            changes["train_sizes"] = tuple(self.train_sizes[i * self.epochs // epochs] for i in range(max(epochs, 0)))
+        low, high = RANGES["epochs"]  # a number out of range is refused below, not stretched to
+        if self.train_sizes and "train_sizes" not in changes and epochs != self.epochs and low <= epochs <= high:
+            changes["train_sizes"] = tuple(self.train_sizes[i * self.epochs // epochs] for i in range(epochs))
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict:
@@ -131,7 +134,7 @@ class Recipe:
 
 
 _reference = Recipe(
-    "reference_b32", backbone="resnet50", stem="cifar_random", image_size=32, normalization="cifar10_published",
+    "reference_b32", backbone="resnet50", stem="cifar_random", head_init="default", image_size=32, normalization="cifar10_published",
     validation=False, track_test=True, epochs=60, batch_size=32, lr=0.01, momentum=0.9, weight_decay=5e-4,
     schedule="constant", precision="fp32",
 )  # fmt: skip

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PACKAGE = Path(__file__).resolve().parent
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, BadZipFile, zlib.error)
 HISTORY_COLUMNS = ("epoch", "train_loss", "train_accuracy")
-COMPARISON_COLUMNS = ("recipe", "backbone", "epochs", "seeds", "test_accuracy", "low", "high", "std", "minutes")
+COMPARED = ("recipe", "backbone", "epochs", "seeds", "test_accuracy", "low", "high", "std", "minutes")
 
 
 class ResultError(CifarFtError, ValueError):
@@ -65,9 +65,15 @@ def _autocast(precision: str, device: torch.device):
 
 
 def predict_logits(
-    model: torch.nn.Module, split: Any, transform: Callable[[torch.Tensor], torch.Tensor], *,
-    batch_size: int = 500, device: torch.device | str | None = None, precision: str = "fp32",
-    flip_tta: bool = False, progress: Callable[[int, int], object] | None = None,
+    model: torch.nn.Module,
+    split: Any,
+    transform: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    batch_size: int = 500,
+    device: torch.device | str | None = None,
+    precision: str = "fp32",
+    flip_tta: bool = False,
+    progress: Callable[[int, int], object] | None = None,
 ) -> torch.Tensor:
     """Score every image of a split once, in order; the model's modes and BatchNorm statistics do not change.
 
@@ -177,9 +183,9 @@ def _scored(labels: Any, probabilities: Any) -> tuple[np.ndarray, np.ndarray]:
     labels = _classes(labels, "labels", probabilities.shape[1], len(probabilities))
     finite = np.isfinite(probabilities).all(axis=1)
     if not finite.all():
-        raise ResultError(f"probabilities of image {finite.argmin()} are not finite: training diverged")
+        raise ResultError(f"probabilities of image {finite.argmin()} are not finite; lower lr")
     if probabilities.min() < 0 or np.abs(probabilities.sum(axis=1) - 1).max() > 1e-2:
-        raise ResultError("each row of probabilities must be >= 0 and sum to 1; apply softmax to logits first")
+        raise ResultError("each row of probabilities must be >= 0 and sum to 1; apply softmax to logits")
     return labels, probabilities
 
 
@@ -198,8 +204,10 @@ def per_class_accuracy(
         from cifar_ft.data import CLASSES as class_names
     matrix = confusion(labels, predictions, len(class_names))
     counts = zip(class_names, matrix.diagonal().tolist(), matrix.sum(axis=1).tolist(), strict=True)
-    rows = [(name, hits / n, *wilson_interval(hits, n), n) if n else (name, *[math.nan] * 3, 0)
-            for name, hits, n in counts]
+    rows = [
+        (name, hits / n, *wilson_interval(hits, n), n) if n else (name, *[math.nan] * 3, 0)
+        for name, hits, n in counts
+    ]
     return pd.DataFrame(rows, columns=["class", "accuracy", "low", "high", "n"])
 
 
@@ -237,8 +245,14 @@ def most_confident_mistakes(labels: Any, probabilities: Any, k: int = 16) -> pd.
     """The `k` wrong predictions of highest probability: columns index, label, prediction, probability."""
     labels, probabilities = _scored(labels, probabilities)
     prediction, probability = probabilities.argmax(axis=1), probabilities.max(axis=1)
-    frame = pd.DataFrame({"index": np.arange(len(labels)), "label": labels, "prediction": prediction,
-                          "probability": probability})[prediction != labels]
+    frame = pd.DataFrame(
+        {
+            "index": np.arange(len(labels)),
+            "label": labels,
+            "prediction": prediction,
+            "probability": probability,
+        }
+    )[prediction != labels]
     return frame.sort_values("probability", ascending=False, kind="stable").head(k).reset_index(drop=True)
 
 
@@ -308,7 +322,8 @@ def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
 
 def _json(path: Path) -> dict:
     content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or not isinstance(content.get("recipe"), (dict, str)):
+    kind = dict if path.name == "config.json" else str  # all settings, or the recipe's name
+    if not isinstance(content, dict) or not isinstance(content.get("recipe"), kind):
         raise ValueError("expected a JSON object with a recipe")
     return content
 
@@ -332,19 +347,21 @@ def _test_logits(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_run(path: str | os.PathLike) -> Run:
-    """Read a finished run directory; a RunError says what is missing, unfinished or damaged, and what to do."""
+    """Read a finished run directory; a RunError says what is missing, unfinished or damaged."""
     path = Path(path)
     if not path.is_dir():
-        raise RunError(f"no run directory at {show_path(path)}; results.find_runs() lists the finished ones")
+        raise RunError(f"no run directory at {show_path(path)}; results.find_runs() lists finished ones")
     if not any((path / name).exists() for name in ("config.json", "metrics.json")):
         raise RunError(f"{show_path(path)} is no run directory: it has no config.json")
     config = _read(path / "config.json", _json)
     if not (path / "metrics.json").exists():
-        name = dict(config["recipe"]).get("name", "NAME")
-        raise RunError(f"the run in {show_path(path)} has not finished (no metrics.json); resume it with "
-                       f"`python -m cifar_ft train --recipe {name} --out {show_path(path)} --resume`")
-    return Run(path, config, _read(path / "history.csv", _history), _read(path / "metrics.json", _json),
-               *_read(path / "test_logits.npz", _test_logits))
+        name = config["recipe"].get("name", "NAME")
+        raise RunError(
+            f"the run in {show_path(path)} has not finished (no metrics.json); resume it with "
+            f"`python -m cifar_ft train --recipe {name} --out {show_path(path)} --resume`"
+        )
+    history, metrics = _read(path / "history.csv", _history), _read(path / "metrics.json", _json)
+    return Run(path, config, history, metrics, *_read(path / "test_logits.npz", _test_logits))
 
 
 def _settings(run: Run) -> dict:
@@ -373,9 +390,9 @@ def compare_runs(runs: Sequence[Run | str | os.PathLike]) -> pd.DataFrame:
         low, high = wilson_interval(round(scores.mean() * len(first.labels)), len(first.labels))
         minutes = pd.Series([run.metrics.get("train_seconds") for run in members], dtype=float).mean() / 60
         label = f"{name} ({', '.join(changed)})" if changed else name
-        rows.append((label, backbone, first.metrics.get("epochs"), len(members), scores.mean(), low, high,
-                     scores.std(), minutes))
-    return pd.DataFrame(rows, columns=COMPARISON_COLUMNS)
+        head = (label, backbone, first.metrics.get("epochs"), len(members))
+        rows.append((*head, scores.mean(), low, high, scores.std(), minutes))
+    return pd.DataFrame(rows, columns=COMPARED)
 
 
 def published_log() -> pd.DataFrame:

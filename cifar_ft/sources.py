@@ -312,9 +312,9 @@ def _decode(name: str, paths: list[Path], keep: bool) -> tuple[np.ndarray, ...]:
             raise
         raise SourceError(f"cannot be read ({type(error).__name__}: {error})"[:300]) from error
     order = [slice(found[digest], found[digest] + BATCH_SIZE) for digest in BATCH_DIGESTS.values()]
-    return (
-        np.concatenate([images[rows] for rows in order[:-1]]),
-        np.concatenate([labels[rows] for rows in order[:-1]]),
-        images[order[-1]].copy(),
-        labels[order[-1]].copy(),
+    # contiguous, because safetensors writes memory as it lies and the official rows are transposed views
+    train, test = (
+        [np.ascontiguousarray(np.concatenate([array[rows] for rows in part])) for array in (images, labels)]
+        for part in (order[:-1], order[-1:])
     )
+    return (*train, *test)

