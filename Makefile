@@ -8,7 +8,7 @@ RUN      := $(VENV)/bin/python
 READY    := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help course lab test lint outputs badges report clean
+.PHONY: help course lab test lint record badges report clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## */  make \1@/p' Makefile | awk -F@ '{ printf "%-15s %s\n", $$1, $$2 }'
@@ -27,10 +27,10 @@ lint: $(READY)  ## ruff, on modules and notebooks
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-outputs: $(READY)  ## rerun the quick course and commit its outputs into notebooks/
+record: $(READY)  ## run the course on an idle machine and keep its outputs, run, model and report
 	rm -rf build/course
 	$(RUN) -m cifar_ft course --recipe quick --out build/course
-	$(RUN) -c "from cifar_ft.course import publish; print('updated', *publish('build/course', 'notebooks'))"
+	$(RUN) -c "from cifar_ft.report import record; print('updated', *record('build/course'))"
 
 badges: $(READY)  ## badges and set-up cells, after a change of address in pyproject.toml
 	$(RUN) -m cifar_ft badges

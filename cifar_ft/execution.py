@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
@@ -45,6 +46,7 @@ def execute(path: Path, out: Path, given: dict[str, Any]) -> None:
         from papermill.exceptions import PapermillExecutionError
     except ModuleNotFoundError as error:
         raise CourseError(f"running notebooks needs {error.name}: pip install -r requirements.txt") from error
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of comments it cannot parse
     source, target = (str(name).replace("{", "{{").replace("}", "}}") for name in (path, out))
     try:
         papermill.execute_notebook(  # it calls str.format on its paths
@@ -72,7 +74,7 @@ def _kernel_manager_class() -> type:
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 
-    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=CRITICAL"]
     path = [str(checkout() or ""), os.environ.get("PYTHONPATH", "")]
     env = {"PYTHONPATH": os.pathsep.join(filter(None, path))}
 
@@ -114,9 +116,7 @@ def write_html(path: Path) -> None:
 
         notebook = nbformat.read(path, 4)
         drop_widgets(notebook)
-        html, _ = HTMLExporter(template_name="lab").from_notebook_node(
-            notebook, {"metadata": {"name": path.stem}}
-        )
+        html, _ = HTMLExporter(template_name="lab").from_notebook_node(notebook, {"metadata": {"name": path.stem}})
         path.with_suffix(".html").write_text(html, "utf-8")
 
 
@@ -150,9 +150,7 @@ def publish(out: str | Path, notebooks_dir: str | Path) -> list[str]:
     out, notebooks_dir = Path(out).resolve(), Path(notebooks_dir)
     record = json.loads((out / "course.json").read_text("utf-8")) if (out / "course.json").exists() else {}
     if not record.get("complete"):
-        raise CourseError(
-            f"{show_path(out)} holds no complete run of the course; run it again and publish then"
-        )
+        raise CourseError(f"{show_path(out)} holds no complete run of the course; run it again and publish then")
     if record["changed"]:
         names = ", ".join(record["changed"])
         raise CourseError(
@@ -188,9 +186,7 @@ def _with_outputs(source: Any, executed: Any, name: str, private: dict[str, str]
         cell.execution_count = count
         for output in cell.outputs:
             if output.output_type == "error":
-                raise CourseError(
-                    f"{name}, cell [{count}]: its output is an error ({output.ename}); mend it first"
-                )
+                raise CourseError(f"{name}, cell [{count}]: its output is an error ({output.ename}); mend it first")
             if "execution_count" in output:
                 output.execution_count = count
         found = machine_path("\n".join(text))
@@ -219,8 +215,6 @@ def _neutral(value: Any, private: dict[str, str], text: list[str]) -> Any:
 def machine_path(text: str) -> str | None:
     """Return the first path in `text` that exists on one machine only, if any; base64 is skipped."""
     here = [str(path) for path in (Path.home(), Path.cwd(), checkout() or Path.cwd()) if len(path.parts) > 1]
-    pattern = "|".join(
-        [*map(re.escape, here), r"/(?:home|Users|tmp|private|var/folders)/\w", r"\b[A-Z]:\\+\w"]
-    )
+    pattern = "|".join([*map(re.escape, here), r"/(?:home|Users|tmp|private|var/folders)/\w", r"\b[A-Z]:\\+\w"])
     found = re.search(rf"(?<![\w.~-])(?:{pattern})[\w./\\-]*", BASE64.sub("", text))
     return found.group() if found else None

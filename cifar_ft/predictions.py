@@ -7,51 +7,53 @@ from __future__ import annotations
 
 import csv
 import datetime
-import io
 import itertools
 import json
 import os
-import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from cifar_ft import CifarFtError, __version__
 from cifar_ft.data import CLASSES, Split
+from cifar_ft.pictures import ImageError, one_line, read_image, square
 from cifar_ft.recipes import Recipe
 from cifar_ft.results import accuracy_text, load_run, newest_run, predict_logits, runs_root, wilson_interval
 from cifar_ft.sources import show_path
 from cifar_ft.surgery import build_model
 from cifar_ft.transforms import eval_transform
 
-SIZE = 32  # pixels: the width of the pictures that the models were trained on
+__all__ = [
+    "ImageError",
+    "Prediction",
+    "PredictionError",
+    "Predictor",
+    "export_shipped",
+    "predict_paths",
+    "read_image",
+    "square",
+    "write_csv",
+]
+
 BATCH = 64  # pictures in memory at a time
-MAX_PIXELS = 50_000_000
 SHIPPED = Path(__file__).resolve().parent / "assets" / "model.safetensors"
 SHIPPED_BYTES = 10_000_000
 SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
-# Named one by one: Pillow would hand other kinds to outside programs (EPS to Ghostscript).
-FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000")
 TRAIN = "train one with `python -m cifar_ft train --recipe quick`"
 COLUMNS = ("path", "label", "probability", "error")
 
 
 class PredictionError(CifarFtError, RuntimeError):
     """A model that cannot be had, or an answer that cannot be given or stored."""
-
-
-class ImageError(CifarFtError, ValueError):
-    """Something that is no picture, or not one that can be predicted."""
 
 
 @dataclass(frozen=True)
@@ -80,175 +82,6 @@ class Prediction:
 
     def __str__(self) -> str:
         return f"{self.label} ({100 * self.probability:.1f} %)"
-
-
-def read_image(source) -> Tensor:
-    """Read one picture, whatever it comes as.
-
-    Parameters
-    ----------
-    source : path, bytes, file object, PIL image, array or Tensor
-        Files are PNG, JPEG, GIF, WebP, BMP, TIFF and the like: turned upright as their EXIF data say, the
-        first frame of an animation, transparent parts on white, 16 bits scaled to 8. Arrays are [H, W] or
-        [H, W, C], tensors [H, W] or [C, H, W] with C = 1, 3 or 4 (the other order is accepted where only that
-        fits); uint8, uint16 (0 to 65,535) or floats, which must be from 0 to 1.
-
-    Returns
-    -------
-    uint8 Tensor [3, H, W]
-
-    Raises
-    ------
-    ImageError
-        With one line that names the picture and says what is wrong with it. A picture of more than 50 million
-        pixels is refused before it is decoded.
-    """
-    ready = isinstance(source, Image.Image) or (
-        hasattr(source, "__array__") and not isinstance(source, (str, bytes))  # NumPy's strings are both
-    )
-    name, source = ("the picture", source) if ready else _locate(source)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Pillow warns of is checked here, or does not matter
-            if ready:
-                return _decode(source if isinstance(source, Image.Image) else _array_image(source))
-            Image.init()
-            with Image.open(source, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as image:
-                return _decode(image)
-    except ImageError as error:
-        problem = str(error)
-    except UnidentifiedImageError:
-        problem = "not a picture that can be read here; use PNG, JPEG, GIF, WebP, BMP or TIFF"
-    except Image.DecompressionBombError:
-        problem = f"too large; at most {MAX_PIXELS:,} pixels are allowed, make it smaller"
-    except Exception as error:  # a damaged file can cause any
-        problem = f"damaged, incomplete or of an unknown kind ({error or type(error).__name__}); get it again"
-    raise ImageError(_one_line(f"{name}: {problem}"))
-
-
-def _locate(source) -> tuple[str, object]:
-    """A name for messages and what Pillow can open."""
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        if content := bytes(source):
-            return "the picture", io.BytesIO(content)
-        raise ImageError("the picture is empty: 0 bytes; choose a picture file")
-    if isinstance(source, io.TextIOBase):
-        raise ImageError('the picture is opened as text; open it with mode "rb"')
-    if hasattr(source, "read"):
-        return "the picture", source
-    if not isinstance(source, (str, os.PathLike)):
-        kinds = "a path, bytes, a file object, a PIL image, an array or a tensor"
-        raise ImageError(f"cannot read {type(source).__name__} as a picture; give {kinds}")
-    path = os.path.expanduser(os.fsdecode(source))
-    shown = _one_line(show_path(path)) if path else "''"
-    if "://" in path:
-        raise ImageError(f"{_one_line(path)} is an address; download the picture and give its path")
-    if os.path.isdir(path):
-        raise ImageError(f"{shown} is a folder; give a picture, or the folder to predict_paths")
-    if not os.path.isfile(path):
-        raise ImageError(
-            f"{shown} is no regular file" if os.path.exists(path) else f"there is no file {shown}"
-        )
-    if not os.path.getsize(path):
-        raise ImageError(f"{shown} is empty: 0 bytes; choose another file")
-    return shown, path
-
-
-def _decode(image: Image.Image) -> Tensor:
-    width, height = image.size
-    if not width or not height:
-        raise ImageError(f"{width} x {height} pixels is no picture; each side must have at least 1")
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"too large: {width:,} x {height:,} pixels; at most {MAX_PIXELS:,} are allowed")
-    image.load()
-    with suppress(Exception):  # of damaged EXIF data; the picture itself has just been decoded
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":  # 16 bits and more, in one channel
-        values = np.asarray(image)
-        if image.mode == "I" and not (values >> 16).any():
-            values = values.astype(np.uint16)
-        image = _array_image(values)
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image.convert("RGBA"))
-        image = white
-    pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
-
-
-def _array_image(source) -> Image.Image:
-    """An array or tensor as a PIL image of mode L, RGB or RGBA."""
-    axes, wanted = (2, 0), "[H, W] or [H, W, 3]"
-    if isinstance(source, Tensor):
-        axes, wanted = (0, 2), "[H, W] or [3, H, W]"
-        source = source.detach().cpu()
-        source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
-    array = np.asarray(source)
-    axis = next((axis for axis in axes if array.ndim == 3 and array.shape[axis] in (1, 3, 4)), None)
-    if axis is None and array.ndim != 2:
-        raise ImageError(f"shape {list(array.shape)} is no picture; give {wanted}, with 1, 3 or 4 channels")
-    if not array.size:
-        raise ImageError(f"shape {list(array.shape)} has no pixels; each side must have at least 1")
-    array = _uint8(array if axis is None else np.moveaxis(array, axis, 2))
-    return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2:] == (1,) else array))
-
-
-def _uint8(array: np.ndarray) -> np.ndarray:
-    kind = f"{array.dtype.kind}{array.dtype.itemsize}"
-    if kind == "u1":
-        return array
-    if kind == "u2":
-        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if kind[0] != "f":
-        allowed = "uint8 (0 to 255), uint16 (0 to 65,535) or floats from 0 to 1"
-        raise ImageError(f"pixels of type {array.dtype}; use {allowed}")
-    if not np.isfinite(array).all():
-        raise ImageError("some pixels are NaN or infinite; use finite values from 0 to 1")
-    low, high = array.min(), array.max()
-    if low < -1e-3 or high > 1 + 1e-3:  # leaves room for rounding in an earlier resize
-        hint = (
-            "undo a normalisation with transforms.denormalize" if low < 0 else "divide by 255 or give uint8"
-        )
-        raise ImageError(f"float pixels must be from 0 to 1; these run from {low:.4g} to {high:.4g}, {hint}")
-    return (array.clip(0, 1).astype(np.float32) * 255).round().astype(np.uint8)
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
-
-
-def square(image: Tensor, fit: str = "crop") -> Tensor:
-    """Make a picture square and 32 pixels wide, as the network is used to.
-
-    The networks were trained on 32-pixel pictures, enlarged to the recipe's `image_size`. A sharp photograph
-    of `image_size` would show them details they have never seen, so every picture first loses these in an
-    anti-aliased resize to 32 pixels; `transforms.eval_transform` then enlarges it as in training.
-
-    Parameters
-    ----------
-    image : uint8 Tensor [3, H, W]
-    fit : {"crop", "pad"}
-        Keep the square in the middle, or the whole picture between black borders.
-
-    Returns
-    -------
-    uint8 Tensor [3, 32, 32]
-    """
-    if fit not in ("crop", "pad"):
-        raise PredictionError(f"unknown fit {fit!r}; choose crop or pad")
-    height, width = image.shape[1:]
-    size = (SIZE, SIZE)
-    if fit == "crop":
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        image = image[:, top : top + side, left : left + side]
-    else:
-        size = tuple(max(1, round(SIZE * length / max(height, width))) for length in (height, width))
-    if image.shape[1:] != size:
-        image = F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
-    down, right = SIZE - size[0], SIZE - size[1]
-    return F.pad(image, (right // 2, right - right // 2, down // 2, down - down // 2))
 
 
 class Predictor:
@@ -287,7 +120,7 @@ class Predictor:
         path = path or newest_run()
         if path is None:
             raise PredictionError(f"there is no finished run in {show_path(runs_root())}; {TRAIN}")
-        run = load_run(Path(path).expanduser())
+        run = load_run(Path(os.path.expanduser(path)))
         n = len(run.labels)
         source = f"the run {show_path(run.path)} ({accuracy_text(run.correct, n)} on {n:,} test images)"
         advice = "restore it or train this run again"
@@ -398,7 +231,7 @@ def _described(file: Path, advice: str) -> Iterator[None]:
     try:
         yield
     except (CifarFtError, KeyError, ValueError, TypeError, AttributeError) as error:
-        problem = _one_line(f"{type(error).__name__}: {error}")
+        problem = one_line(f"{type(error).__name__}: {error}")
         message = f"{show_path(file)} does not say which model this is ({problem}); {advice}"
         raise PredictionError(message) from error
 
@@ -412,7 +245,7 @@ def _read_weights(file: Path, advice: str) -> tuple[dict[str, Tensor], dict[str,
     except FileNotFoundError:
         raise PredictionError(f"{show_path(file)} is missing; {advice}") from None
     except Exception as error:  # a damaged file can cause any
-        message = f"{show_path(file)} is damaged or incomplete ({_one_line(error)}); {advice}"
+        message = f"{show_path(file)} is damaged or incomplete ({one_line(error)}); {advice}"
         raise PredictionError(message) from error
     if bad := _not_finite(state):
         raise PredictionError(f"{show_path(file)}: {bad} holds values that are not finite; {advice}")
@@ -431,7 +264,7 @@ def _rebuild(recipe: Recipe, backbone: str, state: dict[str, Tensor], source: st
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        problem = _one_line(error)[:200]
+        problem = one_line(error)[:200]
         raise PredictionError(f"the weights of {source} are not those of its recipe: {problem}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.requires_grad_(False).to(device, memory_format=torch.channels_last)
@@ -464,9 +297,7 @@ def predict_paths(paths, predictor: Predictor, *, fit: str = "crop") -> Iterator
                     pictures.append((rows[-1], square(read_image(path), fit)))
             except ImageError as problem:
                 rows[-1]["error"] = str(problem)
-        for (row, _), answer in zip(
-            pictures, predictor.predict([picture for _, picture in pictures]), strict=True
-        ):
+        for (row, _), answer in zip(pictures, predictor.predict([picture for _, picture in pictures]), strict=True):
             row.update(label=answer.label, probability=answer.probability)
         yield from rows
 
@@ -507,7 +338,7 @@ def write_csv(rows: Iterable[dict], file) -> tuple[int, int]:
     """
     if not hasattr(file, "write"):
         with (
-            _replacing(Path(file).expanduser()) as temporary,
+            _replacing(Path(os.path.expanduser(file))) as temporary,
             open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as stream,
         ):
             return write_csv(rows, stream)
@@ -556,16 +387,14 @@ def export_shipped(run_dir: str | os.PathLike, target: str | os.PathLike | None 
     PredictionError
         When the model is too large or does not fit half precision.
     """
-    target = Path(target).expanduser() if target else SHIPPED
-    run, model = load_run(Path(run_dir).expanduser()), Predictor.from_run(run_dir).model
+    target = Path(os.path.expanduser(target)) if target else SHIPPED
+    run, model = load_run(Path(os.path.expanduser(run_dir))), Predictor.from_run(run_dir).model
     state = {
         name: (values.half() if values.is_floating_point() else values).cpu().contiguous()
         for name, values in model.state_dict().items()
     }
     if large := _not_finite(state):
-        raise PredictionError(
-            f"{large} has values too large for half precision; this model cannot be shipped"
-        )
+        raise PredictionError(f"{large} has values too large for half precision; this model cannot be shipped")
     data = to_safetensors(state, _metadata(run))
     if len(data) > SHIPPED_BYTES:
         sizes = f"{len(data) / 1e6:.1f} MB and may take {SHIPPED_BYTES / 1e6:.0f}"

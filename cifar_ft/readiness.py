@@ -17,7 +17,11 @@ DISK_MB = 1000  # data, weights and one run
 def checks() -> Iterator[tuple[bool, str, str]]:
     """Yield (passed, what was found, what to do if not) for versions, hardware, disk, data and weights."""
     python = sys.version.split()[0]
-    yield sys.version_info >= (3, 10), f"Python {python}, cifar_ft {__version__}", "install Python 3.10 or newer"
+    yield (
+        sys.version_info >= (3, 10),
+        f"Python {python}, cifar_ft {__version__}",
+        "install Python 3.10 or newer",
+    )
     for name in PACKAGES:
         try:
             yield True, f"{name} {version(name)}", ""

@@ -49,12 +49,14 @@ class Recipe:
     name: str
     # the model
     backbone: str = "auto"  # auto: resnet50 where its ImageNet weights can be had, else efficientnet_lite0
-    weights: str = "imagenet"  # "imagenet", "none" for random weights on purpose, or the path of a weights file
-    stem: str = "pretrained"  # pretrained | cifar_random (new 3x3, stride 1) | cifar_resampled (3x3 from the pretrained kernel)
+    weights: str = (
+        "imagenet"  # "imagenet", "none" for random weights on purpose, or the path of a weights file
+    )
+    stem: str = "pretrained"  # pretrained | cifar_random (new 3x3, stride 1) | cifar_resampled (3x3 made of it)
     max_pool: bool = True  # keep the ResNet's max-pool behind the stem
     last_stage: int | None = None  # cut a ResNet behind this stage
     head_init: str = "small"  # small: weights of deviation 0.01 and no bias; default: PyTorch's, as published
-    freeze: str = "none"  # none | stem | stage1 ... | backbone: the part that keeps its weights and BatchNorm statistics
+    freeze: str = "none"  # none | stem | stage1 ... | backbone: the part that keeps weights and statistics
     # the pictures
     image_size: int = 64  # of evaluation, and of training where train_sizes is empty
     train_sizes: tuple[int, ...] = ()  # one size an epoch: progressive resizing
@@ -99,13 +101,17 @@ class Recipe:
                 "or train_sizes=none to train at image_size"
             )
         if any(not 16 <= size <= 512 for size in self.train_sizes):
-            raise RecipeError(f"train_sizes={self.train_sizes} is out of range; each size must be 16 to 512 pixels")
+            raise RecipeError(
+                f"train_sizes={self.train_sizes} is out of range; each size must be 16 to 512 pixels"
+            )
         if self.select == "best" and not self.validation:
             raise RecipeError("select=best needs validation=true: the test set is never used to choose")
         if self.nesterov and self.momentum == 0:
             raise RecipeError("nesterov=true needs a momentum above 0")
         if self.backbone == "efficientnet_lite0" and (self.last_stage or not self.max_pool):
-            raise RecipeError("last_stage and max_pool=false are for ResNets; efficientnet_lite0 has neither to change")
+            raise RecipeError(
+                "last_stage and max_pool=false are for ResNets; efficientnet_lite0 has neither to change"
+            )
 
     def size_at(self, epoch: int) -> int:
         """Training image size in pixels at an epoch counted from 0."""
@@ -115,7 +121,12 @@ class Recipe:
         """A checked copy with other values. A new number of epochs stretches or shortens `train_sizes` with it."""
         epochs = changes.get("epochs", self.epochs)
         low, high = RANGES["epochs"]  # a number out of range is refused below, not stretched to
-        if self.train_sizes and "train_sizes" not in changes and epochs != self.epochs and low <= epochs <= high:
+        if (
+            self.train_sizes
+            and "train_sizes" not in changes
+            and epochs != self.epochs
+            and low <= epochs <= high
+        ):
             changes["train_sizes"] = tuple(self.train_sizes[i * self.epochs // epochs] for i in range(epochs))
         return dataclasses.replace(self, **changes)
 
@@ -134,9 +145,9 @@ class Recipe:
 
 
 _reference = Recipe(
-    "reference_b32", backbone="resnet50", stem="cifar_random", head_init="default", image_size=32, normalization="cifar10_published",
-    validation=False, track_test=True, epochs=60, batch_size=32, lr=0.01, momentum=0.9, weight_decay=5e-4,
-    schedule="constant", precision="fp32",
+    "reference_b32", backbone="resnet50", stem="cifar_random", head_init="default", image_size=32,
+    normalization="cifar10_published", validation=False, track_test=True, epochs=60, batch_size=32,
+    lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="constant", precision="fp32",
 )  # fmt: skip
 _modern = Recipe(
     "modern", backbone="resnet50", image_size=128, epochs=10, batch_size=128, lr=0.02, head_lr_factor=10,
@@ -200,14 +211,20 @@ def parse_overrides(overrides: str | Iterable[str] | Mapping[str, object]) -> di
         try:
             overrides = shlex.split(overrides.replace("\\", "\\\\"))
         except ValueError as error:
-            raise RecipeError(f"cannot read the overrides {overrides!r}: {error}; write them as 'epochs=1 lr=0.1'") from error
+            raise RecipeError(
+                f"cannot read the overrides {overrides!r}: {error}; write them as 'epochs=1 lr=0.1'"
+            ) from error
     if not isinstance(overrides, Mapping):
         pairs = [str(item).partition("=") for item in overrides]
         for key, equals, _ in pairs:
             if not equals:
-                raise RecipeError(f"override {key!r} has no value; write it as key=value, for example epochs=1")
+                raise RecipeError(
+                    f"override {key!r} has no value; write it as key=value, for example epochs=1"
+                )
         if len({key.strip() for key, _, _ in pairs}) != len(pairs):
-            raise RecipeError(f"a key is given twice in {' '.join(map(''.join, pairs))!r}; give each key once")
+            raise RecipeError(
+                f"a key is given twice in {' '.join(map(''.join, pairs))!r}; give each key once"
+            )
         overrides = {key.strip(): value.strip() for key, _, value in pairs}
     hints = typing.get_type_hints(Recipe)
     allowed = [key for key in hints if key != "name"]
@@ -224,7 +241,9 @@ def _typed(key: str, value: object, hint: object) -> object:
     union = isinstance(hint, types.UnionType)
     kind = next(t for t in typing.get_args(hint) if t is not types.NoneType) if union else hint
     text = value.strip() if isinstance(value, str) else None
-    if value is None or (text is not None and text.lower() in ("none", "all", "") and (union or typing.get_origin(kind))):
+    if value is None or (
+        text is not None and text.lower() in ("none", "all", "") and (union or typing.get_origin(kind))
+    ):
         if union:
             return None
         if typing.get_origin(kind) is tuple:

@@ -36,8 +36,12 @@ class _Depthwise(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         images, weight = ctx.saved_tensors
         return (
-            _input_gradient(grad, images, weight, ctx.stride, ctx.padding) if ctx.needs_input_grad[0] else None,
-            _weight_gradient(grad, images, weight, ctx.stride, ctx.padding) if ctx.needs_input_grad[1] else None,
+            _input_gradient(grad, images, weight, ctx.stride, ctx.padding)
+            if ctx.needs_input_grad[0]
+            else None,
+            _weight_gradient(grad, images, weight, ctx.stride, ctx.padding)
+            if ctx.needs_input_grad[1]
+            else None,
             None,
             None,
         )
@@ -67,7 +71,7 @@ def _native_gradient(grad, images, weight, stride, padding, which):
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """`nn.Conv2d` for one channel a group on a CPU, the same function with faster gradients; "SAME" padding as in timm."""
+    """`nn.Conv2d` for one channel a group, the same function with gradients faster on a CPU; pads as timm's "SAME"."""
 
     def forward(self, images: Tensor) -> Tensor:
         weight, kernel, stride = self.weight, self.kernel_size[0], self.stride[0]
@@ -77,7 +81,9 @@ class DepthwiseConv2d(nn.Conv2d):
         padding = self.padding[0]
         if self.same_padding:
             padding = 0
-            before_after = [_same(size, kernel, stride) for size in images.shape[:1:-1]]  # width first, then height
+            before_after = [
+                _same(size, kernel, stride) for size in images.shape[:1:-1]
+            ]  # width first, then height
             images = F.pad(images, [pad for pair in before_after for pad in pair])
         return _Depthwise.apply(images, weight, stride, padding)
 
@@ -127,7 +133,9 @@ def hardware() -> str:
     return f"{name}, {torch.get_num_threads()} threads{gpu}"
 
 
-def choose_precision(model: nn.Module, device: torch.device, image_size: int, batch_size: int, cache, echo=print) -> str:
+def choose_precision(
+    model: nn.Module, device: torch.device, image_size: int, batch_size: int, cache, echo=print
+) -> str:
     """The faster of fp32 and bf16 for training this model here, by timing a few real steps; remembered in `cache`.
 
     On a GPU the answer needs no timing: bf16 where it is native, else fp16.
@@ -143,10 +151,11 @@ def choose_precision(model: nn.Module, device: torch.device, image_size: int, ba
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device.type != "cpu":
         return "fp32"
-    key = f"{hardware()} | torch {torch.__version__} | {model.weights_info['backbone']} {image_size} px, batch {batch_size}"
+    setting = f"{model.weights_info['backbone']} {image_size} px, batch {batch_size}"
+    key = f"{hardware()} | torch {torch.__version__} | {setting}"
     try:
-        known = json.loads(cache.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = dict(json.loads(cache.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         known = {}
     if known.get(key) not in ("fp32", "bf16"):
         speeds = {name: _images_per_second(model, name, image_size, batch_size) for name in ("fp32", "bf16")}
@@ -161,7 +170,9 @@ def choose_precision(model: nn.Module, device: torch.device, image_size: int, ba
     return known[key]
 
 
-def _images_per_second(model: nn.Module, precision: str, image_size: int, batch_size: int, steps: int = 4) -> float:
+def _images_per_second(
+    model: nn.Module, precision: str, image_size: int, batch_size: int, steps: int = 4
+) -> float:
     import copy
 
     trial = speed_up(copy.deepcopy(model)).train().to(memory_format=torch.channels_last)

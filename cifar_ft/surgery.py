@@ -1,4 +1,4 @@
-"""Model surgery: open a pretrained backbone, change its stem, cut it, give it a ten-class head, freeze what should stay.
+"""Model surgery: open a pretrained backbone, change its stem, cut it, give it ten classes, freeze what should stay.
 
 `build_model(recipe)` does all of it; the single steps are public because notebook 03 takes them one at a time.
 """
@@ -78,8 +78,8 @@ def replace_stem(model: nn.Module, stem: str = "cifar_random", max_pool: bool = 
     ----------
     stem : {"pretrained", "cifar_random", "cifar_resampled"}
         `pretrained` leaves it as it is. `cifar_random` is a new 3x3 convolution with stride 1 and padding 1, as in the
-        published recipe. `cifar_resampled` has the same shape, but its kernel is the pretrained one resampled to 3x3 with
-        the sum of its weights kept; follow it with `refresh_batchnorm`, since its outputs have other statistics.
+        published recipe. `cifar_resampled` has the same shape, but its kernel is the pretrained one resampled to 3x3
+        with the sum of its weights kept; follow it with `refresh_batchnorm`, since its outputs have other statistics.
     max_pool : bool
         Keep the ResNet's 3x3 stride-2 max-pool behind the stem.
     """
@@ -174,7 +174,7 @@ def _set_frozen(layer: _BatchNorm, frozen: bool, training: bool) -> None:
 
 @torch.no_grad()
 def refresh_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
-    """Set the running statistics of every BatchNorm that is not frozen to the average over these input batches. In place.
+    """Set the statistics of every BatchNorm that is not frozen to the average over these input batches. In place.
 
     Needed after a change that moves the statistics: another stem, another image size.
 
@@ -224,16 +224,22 @@ class LoadReport:
                 counts = rows.setdefault(name.rpartition(".")[0], [0, 0])
                 counts[0] += loaded
                 counts[1] += 1
-        frame = pd.DataFrame([(layer, *counts) for layer, counts in rows.items()], columns=["layer", "loaded", "tensors"])
+        frame = pd.DataFrame(
+            [(layer, *counts) for layer, counts in rows.items()], columns=["layer", "loaded", "tensors"]
+        )
         full, empty = frame.loaded == frame.tensors, frame.loaded == 0
-        return frame.assign(status=["loaded" if f else "missing" if e else "in part" for f, e in zip(full, empty, strict=True)])
+        return frame.assign(
+            status=[
+                "loaded" if f else "missing" if e else "in part" for f, e in zip(full, empty, strict=True)
+            ]
+        )
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], backbone: str) -> LoadReport:
     """Copy pretrained tensors into a backbone whose head and cut-off stages may differ from the file's.
 
-    A partial file is allowed and reported; a file of another architecture, with other shapes or with values that are not
-    finite is refused before anything is changed.
+    A partial file is allowed and reported; a file of another architecture, with other shapes or with values that are
+    not finite is refused before anything is changed.
 
     Raises
     ------
@@ -251,17 +257,21 @@ def load_state(model: nn.Module, state: dict[str, Tensor], backbone: str) -> Loa
             "torchvision's names for ResNets or timm's for efficientnet_lite0"
         )
     own = {key: value for key, value in model.state_dict().items() if key not in head_keys}
-    shapes = {key: own.get(key, whole[key]).shape for key in common}  # a changed stem differs from the whole backbone
+    shapes = {
+        key: own.get(key, whole[key]).shape for key in common
+    }  # a changed stem differs from the whole backbone
     wrong = [key for key in common if state[key].shape != shapes[key]]
     if wrong:
         key = wrong[0]
         raise SurgeryError(
-            f"{len(wrong)} tensors have the wrong shape for {backbone}: {key} is {list(state[key].shape)} and should be "
-            f"{list(shapes[key])}. Choose the backbone these weights were made for, and load before changing the stem"
+            f"{len(wrong)} tensors have the wrong shape for {backbone}: {key} is {list(state[key].shape)} and should "
+            f"be {list(shapes[key])}. Choose the backbone these weights were made for, and load before changing the stem"
         )
     bad = [key for key in common if state[key].is_floating_point() and not state[key].isfinite().all()]
     if bad:
-        raise SurgeryError(f"{bad[0]} holds values that are not finite; the weights file is damaged, fetch it again")
+        raise SurgeryError(
+            f"{bad[0]} holds values that are not finite; the weights file is damaged, fetch it again"
+        )
     loaded = [key for key in own if key in state]
     # Old files lack the step counters of BatchNorm, which nothing here reads.
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
@@ -313,7 +323,9 @@ def build_model(recipe: Recipe, echo=print) -> nn.Module:
     echo(f"Model: {backbone}, weights {model.weights_info['weights']} ({model.weights_info['source']})")
     if report and report.missing:
         layers = sorted({key.split(".")[0] for key in report.missing})
-        echo(f"Note: the weights file has no {', '.join(layers)}; {len(report.missing)} tensors there stay random")
+        echo(
+            f"Note: the weights file has no {', '.join(layers)}; {len(report.missing)} tensors there stay random"
+        )
     return model
 
 
@@ -345,7 +357,9 @@ def summarize(model: nn.Module, image_size: int) -> pd.DataFrame:
 
     training = {m: m.training for m in model.modules()}
     device = next(model.parameters()).device
-    info = summary(model, input_size=(1, 3, image_size, image_size), depth=9, verbose=0, mode="eval", device=device)
+    info = summary(
+        model, input_size=(1, 3, image_size, image_size), depth=9, verbose=0, mode="eval", device=device
+    )
     for module, mode in training.items():
         module.training = mode
     calls = {id(layer.module): layer for layer in info.summary_list}
@@ -362,13 +376,17 @@ def summarize(model: nn.Module, image_size: int) -> pd.DataFrame:
                 "parameters": sum(p.numel() for p in parameters),
                 "trainable": sum(p.numel() for p in parameters if p.requires_grad),
                 "gmac": round(sum(calls[id(m)].macs for m in leaves if id(m) in calls) / 1e9, 6),
-                "batchnorm": ("frozen" if all(isinstance(m, _Frozen) for m in norms) else "moves") if norms else "",
+                "batchnorm": ("frozen" if all(isinstance(m, _Frozen) for m in norms) else "moves")
+                if norms
+                else "",
             }
         )
     return pd.DataFrame(rows)
 
 
-def compare(before: nn.Module, after: nn.Module, image_size: int, size_before: int | None = None) -> pd.DataFrame:
+def compare(
+    before: nn.Module, after: nn.Module, image_size: int, size_before: int | None = None
+) -> pd.DataFrame:
     """The tables of two models side by side, one row a part, with a row of totals."""
     frames = [summarize(before, size_before or image_size), summarize(after, image_size)]
     sides = []

@@ -33,11 +33,29 @@ from cifar_ft import surgery, transforms
 from cifar_ft.checkpoints import RunDirectory, TrainingError, write_atomic
 from cifar_ft.data import Cifar10, Split, epoch_seed, make_loader
 from cifar_ft.recipes import Recipe
-from cifar_ft.results import Run, accuracy_text, evaluating, load_run, predict_logits, runs_root, wilson_interval
+from cifar_ft.results import (
+    Run,
+    accuracy_text,
+    evaluating,
+    load_run,
+    predict_logits,
+    runs_root,
+    wilson_interval,
+)
 from cifar_ft.sources import data_root, show_path
 from cifar_ft.speed import choose_precision, hardware, keep_memory, speed_up
 
-HISTORY = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "lr", "seconds")
+HISTORY = (
+    "epoch",
+    "train_loss",
+    "train_accuracy",
+    "val_loss",
+    "val_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "lr",
+    "seconds",
+)
 EMA_EVERY = 4  # steps between updates of the moving average; its decay is taken to this power
 
 
@@ -66,7 +84,11 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
         if parameters:
             groups.append({"params": parameters, "lr": recipe.lr * factor, "base_lr": recipe.lr * factor})
     return torch.optim.SGD(
-        groups, momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay, fused=_can_fuse(model)
+        groups,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
+        fused=_can_fuse(model),
     )
 
 
@@ -98,7 +120,11 @@ class Training:
     def state(self) -> dict:
         """All of it as tensors and plain values."""
         place = {key: getattr(self, key) for key in self.PLACE}
-        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "sums": self.sums}
+        parts = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "sums": self.sums,
+        }
         return {**place, **parts, "ema": None if self.ema is None else self.ema.state_dict()}
 
     def restore(self, state: dict) -> None:
@@ -112,7 +138,9 @@ class Training:
             setattr(self, key, state[key])
 
 
-def train_epoch(training: Training, split: Split, recipe: Recipe, accelerator: Accelerator, after_step=None) -> None:
+def train_epoch(
+    training: Training, split: Split, recipe: Recipe, accelerator: Accelerator, after_step=None
+) -> None:
     """Train through the rest of one epoch: augment, predict, compare, step.
 
     `training.sums` collects the plain cross-entropy, the correct predictions and the images, on the device.
@@ -122,7 +150,9 @@ def train_epoch(training: Training, split: Split, recipe: Recipe, accelerator: A
     loader = make_loader(split, recipe, train=True, epoch=training.epoch, rank=rank, world=world)
     training.model.train()
     start, done = time.perf_counter() - training.seconds, training.step
-    for step, (images, labels) in enumerate(_progress(loader, f"epoch {training.epoch + 1}/{recipe.epochs}", accelerator)):
+    for step, (images, labels) in enumerate(
+        _progress(loader, f"epoch {training.epoch + 1}/{recipe.epochs}", accelerator)
+    ):
         if step < done:
             continue  # trained before the run was resumed
         batch = loader.batch_sampler.sizes[step]  # of all processes together
@@ -132,7 +162,9 @@ def train_epoch(training: Training, split: Split, recipe: Recipe, accelerator: A
         set_lr(training.optimizer, lr_factor(recipe, training.epoch * len(loader) + step, len(loader)))
 
         logits = training.model(inputs).float()
-        loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=recipe.label_smoothing) / batch
+        loss = (
+            F.cross_entropy(logits, labels, reduction="sum", label_smoothing=recipe.label_smoothing) / batch
+        )
         training.optimizer.zero_grad()
         accelerator.backward(loss * world)  # the processes average their gradients; this makes it the sum
         training.optimizer.step()
@@ -162,14 +194,18 @@ def update_ema(training: Training, recipe: Recipe, accelerator: Accelerator, ste
         return
     decay = min(recipe.ema_decay, (1 + step) / (10 + step)) ** EMA_EVERY
     model = accelerator.unwrap_model(training.model)
-    for averaged, current in zip(training.ema.state_dict().values(), model.state_dict().values(), strict=True):
+    for averaged, current in zip(
+        training.ema.state_dict().values(), model.state_dict().values(), strict=True
+    ):
         if averaged.is_floating_point():
             averaged.lerp_(current, 1 - decay)
         else:
             averaged.copy_(current)
 
 
-def fit(recipe: Recipe, data: Cifar10, run_dir: str | Path | None = None, *, resume: bool = False, echo=print) -> Run:
+def fit(
+    recipe: Recipe, data: Cifar10, run_dir: str | Path | None = None, *, resume: bool = False, echo=print
+) -> Run:
     """Train what a recipe says, score the test set once, and leave a complete run directory.
 
     Parameters
@@ -202,6 +238,8 @@ def fit(recipe: Recipe, data: Cifar10, run_dir: str | Path | None = None, *, res
     directory = RunDirectory(run_dir, echo) if state.is_main_process else None
     try:
         if resume and (run_dir / "metrics.json").exists():
+            if directory:
+                directory.check({"recipe": recipe.to_dict(), "data": {"digest": data.digest}})
             echo(f"{show_path(run_dir)} is finished; nothing to resume")
             return load_run(run_dir)
         run = _fit(recipe, data, directory, resume, echo)
@@ -213,7 +251,11 @@ def fit(recipe: Recipe, data: Cifar10, run_dir: str | Path | None = None, *, res
 
 
 def _fit(recipe: Recipe, data: Cifar10, directory: RunDirectory | None, resume: bool, echo) -> Run | None:
-    splits = {"train": data.train if recipe.validation else data.full_train, "val": data.val, "test": data.test}
+    splits = {
+        "train": data.train if recipe.validation else data.full_train,
+        "val": data.val,
+        "test": data.test,
+    }
     splits = {name: split.subset(getattr(recipe, f"{name}_images")) for name, split in splits.items()}
     model = surgery.build_model(recipe, echo)
     precision, accelerator = make_accelerator(recipe, model, directory, echo)
@@ -244,7 +286,9 @@ def _fit(recipe: Recipe, data: Cifar10, directory: RunDirectory | None, resume: 
     return finish_run(training, splits, recipe, accelerator, directory, echo)
 
 
-def make_accelerator(recipe: Recipe, model: nn.Module, directory: RunDirectory | None, echo) -> tuple[str, Accelerator]:
+def make_accelerator(
+    recipe: Recipe, model: nn.Module, directory: RunDirectory | None, echo
+) -> tuple[str, Accelerator]:
     """The precision to train in and the Accelerator that does it; a resumed run keeps the precision it started with."""
     state = PartialState()
     precision = recipe.precision
@@ -279,7 +323,9 @@ def warm_up(recipe: Recipe, model: nn.Module, ema: nn.Module | None, train: Spli
         transform, sample = transforms.eval_transform(recipe), train.subset(min(len(train), 4096))
         surgery.refresh_batchnorm(model, (transform(images) for images in sample.images.split(256)))
     if recipe.head_fit_images:
-        echo(f"Head fitted on frozen features: {fit_head(model, train, recipe):.1%} of the images it was fitted on")
+        echo(
+            f"Head fitted on frozen features: {fit_head(model, train, recipe):.1%} of the images it was fitted on"
+        )
     if ema is not None:
         ema.load_state_dict(model.state_dict())
 
@@ -295,7 +341,9 @@ def fit_head(model: nn.Module, train: Split, recipe: Recipe, decay: float = 1e-4
     sample = train.subset(min(len(train), recipe.head_fit_images or len(train)))
     transform, head = transforms.eval_transform(recipe), surgery.head(model)
     with evaluating(model), torch.no_grad():
-        inputs = torch.cat([surgery.features(model, transform(images)).float() for images in sample.images.split(250)])
+        inputs = torch.cat(
+            [surgery.features(model, transform(images)).float() for images in sample.images.split(250)]
+        )
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=50, line_search_fn="strong_wolfe")
 
     def closure():
@@ -311,7 +359,9 @@ def fit_head(model: nn.Module, train: Split, recipe: Recipe, decay: float = 1e-4
         return (F.linear(inputs, head.weight, head.bias).argmax(1) == sample.labels).float().mean().item()
 
 
-def finish_epoch(training: Training, splits: dict[str, Split], recipe: Recipe, accelerator: Accelerator, echo) -> None:
+def finish_epoch(
+    training: Training, splits: dict[str, Split], recipe: Recipe, accelerator: Accelerator, echo
+) -> None:
     """Score what the recipe scores each epoch, remember the best weights, write the epoch's row."""
     start = time.perf_counter()
     sums = accelerator.reduce(training.sums.clone(), reduction="sum").tolist()
@@ -323,19 +373,31 @@ def finish_epoch(training: Training, splits: dict[str, Split], recipe: Recipe, a
         row["test_loss"], row["test_accuracy"] = _score(training.kept, splits["test"], recipe, accelerator)
     seconds = training.seconds + time.perf_counter() - start
     training.history.append({**row, "lr": lr, "seconds": seconds, "train_only_seconds": training.seconds})
-    if recipe.select == "best" and row["val_accuracy"] > (training.best or {"val_accuracy": -1})["val_accuracy"]:
+    if (
+        recipe.select == "best"
+        and row["val_accuracy"] > (training.best or {"val_accuracy": -1})["val_accuracy"]
+    ):
         weights = accelerator.unwrap_model(training.kept).state_dict()
-        training.best = {"val_accuracy": row["val_accuracy"], "model": {k: v.clone() for k, v in weights.items()}}
+        training.best = {
+            "val_accuracy": row["val_accuracy"],
+            "model": {k: v.clone() for k, v in weights.items()},
+        }
     training.epoch, training.step, training.seconds = training.epoch + 1, 0, 0.0
     training.sums.zero_()
-    shown = [f"{name} {row[f'{key}_accuracy']:.2%}" for key, name in _SCORED.items() if f"{key}_accuracy" in row]
-    echo(f"Epoch {row['epoch']}/{recipe.epochs}: loss {row['train_loss']:.4f}, {', '.join(shown)}, {seconds:.0f} s")
+    shown = [
+        f"{name} {row[f'{key}_accuracy']:.2%}" for key, name in _SCORED.items() if f"{key}_accuracy" in row
+    ]
+    echo(
+        f"Epoch {row['epoch']}/{recipe.epochs}: loss {row['train_loss']:.4f}, {', '.join(shown)}, {seconds:.0f} s"
+    )
 
 
 _SCORED = {"train": "train", "val": "validation", "test": "test"}
 
 
-def finish_run(training: Training, splits, recipe: Recipe, accelerator: Accelerator, directory: RunDirectory | None, echo):
+def finish_run(
+    training: Training, splits, recipe: Recipe, accelerator: Accelerator, directory: RunDirectory | None, echo
+):
     """Score the kept weights on the test set, once, and write the run's final files, `metrics.json` last."""
     model = accelerator.unwrap_model(training.kept)
     if training.best:
@@ -348,7 +410,9 @@ def finish_run(training: Training, splits, recipe: Recipe, accelerator: Accelera
     info = accelerator.unwrap_model(training.model).weights_info
     write_run(directory, recipe, info, training, len(splits["train"]), logits, labels, mirrored, model)
     run = load_run(directory.path)
-    echo(f"Test accuracy {accuracy_text(run.correct, len(labels))} on {len(labels):,} images; run in {show_path(run.path)}")
+    echo(
+        f"Test accuracy {accuracy_text(run.correct, len(labels))} on {len(labels):,} images; run in {show_path(run.path)}"
+    )
     return run
 
 
@@ -360,7 +424,9 @@ def write_run(directory, recipe, info, training, train_images, logits, labels, m
     np.savez(buffer, logits=logits.numpy(), labels=labels.numpy())
     write_atomic(path / "test_logits.npz", buffer.getvalue())
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    write_atomic(path / "model.safetensors", to_safetensors(weights, {"format": "pt", "backbone": info["backbone"]}))
+    write_atomic(
+        path / "model.safetensors", to_safetensors(weights, {"format": "pt", "backbone": info["backbone"]})
+    )
     correct = int((logits.argmax(1) == labels).sum())
     training_seconds = sum(row["train_only_seconds"] for row in training.history)
     metrics = {
@@ -370,12 +436,16 @@ def write_run(directory, recipe, info, training, train_images, logits, labels, m
         "epochs": recipe.epochs,
         "seed": recipe.seed,
         "train_images": train_images,
-        "val_accuracy": training.best["val_accuracy"] if training.best else training.history[-1].get("val_accuracy"),
+        "val_accuracy": training.best["val_accuracy"]
+        if training.best
+        else training.history[-1].get("val_accuracy"),
         "test_images": n,
         "test_accuracy": correct / n,
         "test_accuracy_ci95": list(wilson_interval(correct, n)),
         "test_loss": F.cross_entropy(logits, labels).item(),
-        "test_accuracy_flip_tta": None if mirrored is None else (mirrored.argmax(1) == labels).float().mean().item(),
+        "test_accuracy_flip_tta": None
+        if mirrored is None
+        else (mirrored.argmax(1) == labels).float().mean().item(),
         "train_seconds": sum(row["seconds"] for row in training.history),
         "images_per_second": train_images * recipe.epochs / training_seconds,
         "peak_memory_mb": _peak_memory_mb(),
@@ -392,7 +462,9 @@ def new_run_dir(recipe: Recipe) -> Path:
     return next(path for path in (runs_root() / name for name in names) if not path.exists())
 
 
-def _config(recipe: Recipe, data: Cifar10, splits: dict[str, Split], model: nn.Module, precision: str) -> dict:
+def _config(
+    recipe: Recipe, data: Cifar10, splits: dict[str, Split], model: nn.Module, precision: str
+) -> dict:
     sizes = {name: len(split) for name, split in splits.items()}
     return {
         "recipe": recipe.to_dict(),
@@ -404,10 +476,14 @@ def _config(recipe: Recipe, data: Cifar10, splits: dict[str, Split], model: nn.M
     }
 
 
-def _logits(model: nn.Module, split: Split, recipe: Recipe, accelerator: Accelerator, flip_tta: bool = False) -> Tensor:
+def _logits(
+    model: nn.Module, split: Split, recipe: Recipe, accelerator: Accelerator, flip_tta: bool = False
+) -> Tensor:
     """Logits [N, 10] of every image once, on every process; each process scores its share."""
     rank, world = accelerator.process_index, accelerator.num_processes
-    share = split.take(torch.arange(rank, len(split), world, device=split.labels.device)) if world > 1 else split
+    share = (
+        split.take(torch.arange(rank, len(split), world, device=split.labels.device)) if world > 1 else split
+    )
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     options = {"device": accelerator.device, "precision": precision, "flip_tta": flip_tta}
     own = predict_logits(model, share, transforms.eval_transform(recipe), batch_size=250, **options)
@@ -444,7 +520,9 @@ def _progress(loader, label: str, accelerator: Accelerator) -> tqdm:
     """A bar for people: on a terminal or in a notebook, not in a log file."""
     watched = sys.stdout.isatty() or "ipykernel" in sys.modules
     hidden = not (watched and accelerator.is_main_process)
-    return tqdm(loader, label, leave=False, disable=hidden, file=sys.stdout, mininterval=2, ncols=80, unit="step")
+    return tqdm(
+        loader, label, leave=False, disable=hidden, file=sys.stdout, mininterval=2, ncols=80, unit="step"
+    )
 
 
 def _csv(rows: list[dict]) -> bytes:

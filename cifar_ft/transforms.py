@@ -1,7 +1,7 @@
 """Augmentation and normalisation on whole uint8 batches: per-image random crop and flip, resize, normalise.
 
-The random draws are equal in distribution to torchvision's RandomCrop and RandomHorizontalFlip, one draw per image, but a
-batch is cropped by one gather instead of image by image.
+The random draws are equal in distribution to torchvision's RandomCrop and RandomHorizontalFlip, one draw per image, but
+a batch is cropped by one gather instead of image by image.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def random_crop(images: Tensor, offsets: Tensor, padding: int = 4) -> Tensor:
     """
     batch, _, height, width = images.shape
     padded = F.pad(images, (padding,) * 4)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [B, C, rows, columns, H, W]: a view, nothing is copied
+    windows = padded.unfold(2, height, 1).unfold(
+        3, width, 1
+    )  # [B, C, rows, columns, H, W]: a view, nothing is copied
     return windows[torch.arange(batch, device=images.device), :, offsets[:, 0], offsets[:, 1]]
 
 

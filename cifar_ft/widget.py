@@ -99,9 +99,7 @@ class PredictionModel:
             return ""
         height, width = self.image.shape[1:]
         figures = _figure(self.image, f"{self.name}, as given", f"as given, {width} x {height} pixels")
-        figures += _figure(
-            square(self.image), f"{self.name}, as the network sees it", "as the network sees it"
-        )
+        figures += _figure(square(self.image), f"{self.name}, as the network sees it", "as the network sees it")
         return f'<div lang="en"><div>{escape(self.name)}</div>{figures}</div>'
 
     def result_html(self) -> str:
@@ -116,9 +114,7 @@ class PredictionModel:
 
 def _answer_html(prediction: Prediction, name: str, true_label: str | None, source: str) -> str:
     """One sentence and a table of all classes; bars only repeat the numbers, so screen readers skip them."""
-    said = (
-        f"{escape(name)}: predicted <strong>{prediction.label}</strong>, {_percent(prediction.probability)}"
-    )
+    said = f"{escape(name)}: predicted <strong>{prediction.label}</strong>, {_percent(prediction.probability)}"
     if true_label is not None:
         said += f"; true label {true_label}, {'correct' if true_label == prediction.label else 'wrong'}"
     rows = ""
@@ -186,9 +182,7 @@ class PredictionWidget(widgets.VBox):
             layout=widgets.Layout(width="auto"),
         )
         self.upload = self._new_upload()
-        self.button = widgets.Button(
-            description="Predict", button_style="primary", layout=widgets.Layout(width="auto")
-        )
+        self.button = widgets.Button(description="Predict", button_style="primary", layout=widgets.Layout(width="auto"))
         self.picture, self.result = widgets.HTML(), widgets.HTML()
         self.controls = widgets.HBox(
             [self.sample, self.upload, self.button], layout=widgets.Layout(flex_flow="row wrap")

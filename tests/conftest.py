@@ -29,3 +29,14 @@ def small_data(samples):
         return samples.take(torch.cat(members).sort().values, name)
 
     return Cifar10(part(0, 12, "train"), part(12, 16, "val"), part(16, 20, "test"), "samples", "0" * 64)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small tensors are quicker on one thread, most of all on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

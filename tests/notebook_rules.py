@@ -16,9 +16,7 @@ from cifar_ft import badges, course
 from cifar_ft.execution import EXTRA_KEYS, WIDGET_VIEW
 
 MAX_BYTES = 1_000_000
-MACHINE_PATH = re.compile(
-    r"(?<![\w.~-])(?:/(?:root|home|Users|work|tmp|private|var/folders)/\w|[A-Z]:\\\w)[\w./\\-]*"
-)
+MACHINE_PATH = re.compile(r"(?<![\w.~-])(?:/(?:root|home|Users|work|tmp|private|var/folders)/\w|[A-Z]:\\\w)[\w./\\-]*")
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]{6,}")
 BASE64 = re.compile(r"base64,[A-Za-z0-9+/=\s]+")
 PARAMETERS = {
@@ -122,9 +120,9 @@ def clean_outputs(notebook, path: Path) -> list[str]:
     problems = []
     cells = code_cells(notebook)
     if [cell.execution_count for cell in cells] != list(range(1, len(cells) + 1)):
-        problems.append("code cells are not counted 1, 2, 3, ...: run and publish it (make outputs)")
+        problems.append("code cells are not counted 1, 2, 3, ...: run and publish it (make record)")
     if not outputs(notebook):
-        problems.append("it has no outputs: run and publish it (make outputs)")
+        problems.append("it has no outputs: run and publish it (make record)")
     for n, output in outputs(notebook):
         if output.output_type == "error":
             problems.append(f"code cell {n} ended in {output.ename}")
@@ -136,16 +134,12 @@ def clean_outputs(notebook, path: Path) -> list[str]:
         for found in (MACHINE_PATH.search(text), ADDRESS.search(text)):
             if found:
                 problems.append(f"code cell {n} shows {found.group()!r}, which exists on one machine only")
-    problems += [
-        f"{found.group()!r} in a cell" for c in notebook.cells if (found := MACHINE_PATH.search(c.source))
-    ]
+    problems += [f"{found.group()!r} in a cell" for c in notebook.cells if (found := MACHINE_PATH.search(c.source))]
     if notebook.metadata.get("kernelspec", {}).get("name") != "python3":
         problems.append("the kernelspec must be named python3, the one name that exists everywhere")
-    stripped = strip_output(
-        deepcopy(notebook), keep_output=True, keep_count=True, keep_id=True, extra_keys=EXTRA_KEYS
-    )
+    stripped = strip_output(deepcopy(notebook), keep_output=True, keep_count=True, keep_id=True, extra_keys=EXTRA_KEYS)
     if stripped != notebook:
-        problems.append("metadata of a run is left (widgets, papermill, times, versions): make outputs")
+        problems.append("metadata of a run is left (widgets, papermill, times, versions): make record")
     return problems
 
 
@@ -173,9 +167,7 @@ def described_figures(notebook, path: Path) -> list[str]:
     problems = []
     for n, output in outputs(notebook):
         data = output.get("data", {})
-        problems += [
-            f"code cell {n}: bare {kind}, use show_figure" for kind in data if kind.startswith("image/")
-        ]
+        problems += [f"code cell {n}: bare {kind}, use show_figure" for kind in data if kind.startswith("image/")]
         images = _Images()
         images.feed("".join(data.get("text/html", "")))
         problems += [f"code cell {n}: {problem}" for problem in images.problems]

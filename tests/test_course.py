@@ -27,9 +27,7 @@ def write(folder: Path, name: str, *cells, parameters: str = PARAMETERS, **metad
     first = new_code_cell(parameters, metadata={"tags": ["parameters"]})
     cells = [cell if isinstance(cell, dict) else new_code_cell(cell) for cell in cells]
     path = folder / f"{name}.ipynb"
-    nbformat.write(
-        new_notebook(cells=[new_markdown_cell(f"# {name}"), first, *cells], metadata=metadata), path
-    )
+    nbformat.write(new_notebook(cells=[new_markdown_cell(f"# {name}"), first, *cells], metadata=metadata), path)
     return path
 
 
@@ -232,6 +230,12 @@ def test_notebooks_run_in_order_in_their_folder_with_this_python(finished):
     ]  # fmt: skip
 
 
+def test_nothing_but_the_lines_is_printed(tmp_path, capfd):
+    write(tmp_path / "n", "a", "1", parameters='NAME: str = ""  # such as "x=1 y=2"')
+    course.run_course(tmp_path / "out", parameters=["NAME=x"], notebooks=tmp_path / "n", echo=lambda _: None)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_each_executed_notebook_has_a_page_beside_it(finished):
     folder, *_ = finished
     page = (folder / "out" / "2_show.html").read_text("utf-8")
@@ -320,18 +324,14 @@ def test_publish_brings_outputs_back_and_nothing_else(finished, tmp_path):
     assert course.publish(folder / "out", tmp_path / "n") == ["1_train", "2_show"]
     for name, old in before.items():
         new = nbformat.read(tmp_path / "n" / name, 4)
-        assert [(c.id, c.source, c.metadata) for c in new.cells] == [
-            (c.id, c.source, c.metadata) for c in old.cells
-        ]
+        assert [(c.id, c.source, c.metadata) for c in new.cells] == [(c.id, c.source, c.metadata) for c in old.cells]
         code = [cell for cell in new.cells if cell.cell_type == "code"]
         assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
         assert new.metadata == {"kernelspec": execution.KERNELSPEC}
     shown = nbformat.read(tmp_path / "n" / "2_show.ipynb", 4).cells[3].outputs
     assert shown[0].data == {"text/html": "<b>course-output/quick/run</b>"}
     assert shown[1].data == {"text/plain": "'course-output/quick/run'"}
-    assert (
-        nbformat.read(tmp_path / "n" / "1_train.ipynb", 4).cells[2].outputs == []
-    )  # it only wrote to stderr
+    assert nbformat.read(tmp_path / "n" / "1_train.ipynb", 4).cells[2].outputs == []  # it only wrote to stderr
 
 
 def test_publishing_twice_changes_nothing(finished, tmp_path):
@@ -398,9 +398,7 @@ def test_publish_refuses_outputs_of_other_code(tmp_path):
 
 def test_the_run_says_which_values_differ_from_the_notebooks(tmp_path):
     write(tmp_path / "n", "a", "1")
-    result = course.run_course(
-        tmp_path / "out", parameters=["EPOCHS=9"], notebooks=tmp_path / "n", echo=lambda _: None
-    )
+    result = course.run_course(tmp_path / "out", parameters=["EPOCHS=9"], notebooks=tmp_path / "n", echo=lambda _: None)
     assert json.loads((result.path / "course.json").read_text())["changed"] == ["EPOCHS"]
 
 

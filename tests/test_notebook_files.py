@@ -42,10 +42,7 @@ def good(tmp_path):
         new_code_cell('RECIPE: str = "quick"\nSEED: int = 0', metadata={"tags": ["parameters"]}),
         *(new_code_cell(f"print({n})", outputs=[new_output("stream", text=f"{n}\n")]) for n in range(10)),
         new_markdown_cell("word " * 900),
-        *(
-            new_markdown_cell(f"### Exercise {n}\n<details><summary>Solution</summary>Six.</details>")
-            for n in (1, 2)
-        ),
+        *(new_markdown_cell(f"### Exercise {n}\n<details><summary>Solution</summary>Six.</details>") for n in (1, 2)),
         new_markdown_cell("## Recap\nYou have learned this."),
     ]
     for cell in cells[3:5]:
@@ -67,9 +64,7 @@ def test_rules_pass_a_good_notebook(good):
 
 
 def display(notebook, **data):
-    notebook.cells[6].outputs = [
-        new_output("display_data", data={k.replace("_", "/"): v for k, v in data.items()})
-    ]
+    notebook.cells[6].outputs = [new_output("display_data", data={k.replace("_", "/"): v for k, v in data.items()})]
 
 
 def stream(notebook, text, name="stdout"):
@@ -114,9 +109,7 @@ FAULTS = {
     "clean_outputs: kernel": lambda nb: nb.metadata.kernelspec.update(name="my-env"),
     "described_figures: bare figure": lambda nb: display(nb, image_png="iVBO"),
     "described_figures: no alt": lambda nb: display(nb, text_html='<figure><img src="x"></figure>'),
-    "described_figures: empty alt": lambda nb: display(
-        nb, text_html='<figure><img alt=" " src="x"></figure>'
-    ),
+    "described_figures: empty alt": lambda nb: display(nb, text_html='<figure><img alt=" " src="x"></figure>'),
     "described_figures: no figure": lambda nb: display(nb, text_html='<img alt="A line" src="x">'),
     "exercises: one": lambda nb: nb.cells.pop(14),
     "exercises: open solution": lambda nb: nb.cells[14].update(source="### Exercise 1\nSix."),

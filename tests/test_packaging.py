@@ -21,9 +21,7 @@ needs_make = pytest.mark.skipif(os.name == "nt" or not shutil.which("make"), rea
 def requirements(path: Path) -> dict[str, str]:
     """Name and range of each requirement line, comments and options left out."""
     lines = (line.split("#")[0].strip() for line in path.read_text("utf-8").splitlines())
-    return dict(
-        re.match(r"([\w-]+)(.*)", line).groups() for line in lines if line and not line.startswith("-")
-    )
+    return dict(re.match(r"([\w-]+)(.*)", line).groups() for line in lines if line and not line.startswith("-"))
 
 
 def project() -> dict:
@@ -93,9 +91,7 @@ def checkout(tmp_path):
 
 
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {
-        k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "PYTHON", "ARGS")
-    }
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "PYTHON", "ARGS")}
     return subprocess.run(["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 
 

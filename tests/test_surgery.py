@@ -16,6 +16,7 @@ from cifar_ft.sources import SourceError, fetch_weights
 from cifar_ft.surgery import SurgeryError, build_model, create_backbone, cut, freeze, head, load_state, replace_stem
 from cifar_ft.transforms import eval_transform, normalize
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PARTIAL = Path(__file__).parents[2] / "shared/weights/resnet50_imagenet_conv1_to_layer3.safetensors"
 needs_partial = pytest.mark.skipif(not PARTIAL.exists(), reason="the local partial ResNet-50 weights are not here")
 
@@ -153,13 +154,12 @@ def test_a_resampled_kernel_keeps_the_sum_of_each_kernels_weights():
     kernel = torch.randn(64, 3, 7, 7, generator=torch.Generator().manual_seed(0))
     small = surgery.resample_kernel(kernel, 3)
     assert small.shape == (64, 3, 3, 3)
-    constant = surgery.resample_kernel(torch.full((2, 3, 7, 7), 0.5), 3)
-    torch.testing.assert_close(constant.sum((2, 3)), torch.full((2, 3), 0.5 * 49))
-    # a wide blob, as pretrained filters are: its response to a plain image is kept to within 5 %
-    axis = torch.arange(7.0) - 3
-    blob = torch.exp(-(axis[:, None] ** 2 + axis**2) / 8)[None, None]
-    assert surgery.resample_kernel(blob, 3).sum().item() == pytest.approx(blob.sum().item(), rel=0.05)
-    assert surgery.resample_kernel(small, 3) is small
+    torch.testing.assert_close(small.sum((2, 3)), kernel.sum((2, 3)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(surgery.resample_kernel(kernel.flip(3), 3), small.flip(3))  # and its shape, not its mirror
+    corner = torch.zeros(1, 1, 7, 7)
+    corner[..., 0, 0] = 1
+    assert surgery.resample_kernel(corner, 3).argmax() == 0
+    torch.testing.assert_close(surgery.resample_kernel(small, 3), small)
 
 
 def test_a_resampled_stem_comes_from_the_pretrained_kernel():
@@ -383,13 +383,14 @@ def test_the_real_lite0_weights_arrive_in_the_model_with_their_origin(lite0):
 
 
 def test_features_of_the_real_weights_know_the_ten_classes(lite0, samples):
-    """A ridge classifier on 100 images finds the class of 100 others; on random features it would not."""
+    """A ridge classifier on 100 images tells 100 others apart; random features reach 0.15 to 0.26."""
     with torch.no_grad():
         found = surgery.features(copy.deepcopy(lite0).eval(), eval_transform(recipe(image_size=96))(samples.images)).double()
-    found = found - found[::2].mean(0)
-    targets, gram = F.one_hot(samples.labels[::2], 10).double(), found[::2] @ found[::2].T
-    scores = found[1::2] @ found[::2].T @ torch.linalg.solve(gram + 10 * torch.eye(100), targets)
-    assert (scores.argmax(1) == samples.labels[1::2]).double().mean() > 0.5
+    found = (found - found.mean(0)) / found.std()
+    one, other = found[::2], found[1::2]
+    targets = F.one_hot(samples.labels[::2], 10).double()
+    scores = other @ one.T @ torch.linalg.solve(one @ one.T + 1000 * torch.eye(100), targets)
+    assert (scores.argmax(1) == samples.labels[1::2]).double().mean() > 0.35
 
 
 @pytest.fixture
@@ -434,26 +435,13 @@ def test_a_model_depends_on_its_seed_and_leaves_the_global_generator_alone():
 # tables
 
 
+@pytest.fixture(scope="module")
+def resnet50():
+    return create_backbone("resnet50")
+
+
 def counted(model, size):
-    """Multiply-adds of convolutions and linear layers, counted by hand in a forward pass."""
-    total, handles = 0, []
-
-    def count(module, inputs, output):
-        nonlocal total
-        each = module.weight[0].numel()  # multiply-adds for one output number
-        total += each * output[0].numel()
-
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            handles.append(module.register_forward_hook(count))
-    with torch.no_grad():
-        copy.deepcopy(model).eval()(torch.zeros(1, 3, size, size))
-    for handle in handles:
-        handle.remove()
-    return total / 1e9
-
-
-def count_copy(model, size):
+    """10^9 multiply-adds of convolutions and linear layers, counted in a forward pass of a copy."""
     model = copy.deepcopy(model)
     total = []
     for module in model.modules():
@@ -470,7 +458,7 @@ def test_a_summary_adds_up_to_an_independent_count(backbone):
     table = surgery.summarize(model, 48)
     assert table.parameters.sum() == numel(model)
     assert table.trainable.sum() == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert table.gmac.sum() == pytest.approx(count_copy(model, 48), rel=0.01)
+    assert table.gmac.sum() == pytest.approx(counted(model, 48), rel=0.01)
     assert table.set_index("part").batchnorm.to_dict() | {"head": ""} == {
         part: "frozen" if part in ("stem", "stage1") else "" if part == "head" else "moves" for part in table.part
     }
@@ -486,11 +474,6 @@ def test_a_summary_adds_up_to_an_independent_count(backbone):
 def test_the_cost_of_a_resnet50_is_what_the_course_says(resnet50, size, stem, max_pool, gmac):
     model = replace_stem(copy.deepcopy(resnet50), stem, max_pool)
     assert surgery.summarize(model, size).gmac.sum() == pytest.approx(gmac, abs=0.006)
-
-
-@pytest.fixture(scope="module")
-def resnet50():
-    return create_backbone("resnet50")
 
 
 def test_a_summary_changes_nothing():
@@ -514,7 +497,7 @@ def test_a_comparison_shows_both_models_and_right_totals():
         total = table.loc["total", side]
         assert total["parameters"] == numel(model)
         assert total["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
-        assert total["gmac"] == pytest.approx(count_copy(model, size), rel=0.01)
+        assert total["gmac"] == pytest.approx(counted(model, size), rel=0.01)
     assert pd.isna(table.loc["stage4", ("after", "parameters")])
     assert table.loc["stem", ("after", "batchnorm")] == "frozen"
 
@@ -531,10 +514,10 @@ def test_the_first_loss_is_about_ln_10(backbone, lite0, samples):
 
 
 def test_one_batch_can_be_overfitted(samples):
-    model, batch = build(last_stage=2).train(), samples.subset(20)
+    model, batch = build(last_stage=1).to(memory_format=torch.channels_last).train(), samples.subset(20)
     images = eval_transform(recipe())(batch.images)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    for _ in range(40):
+    for _ in range(30):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(images), batch.labels)
         loss.backward()

@@ -1,0 +1,160 @@
+"""Metrics with their uncertainty: intervals, tests of differences, confusion, calibration.
+
+All functions take plain arrays of labels, predictions or probabilities; none knows a model or a run.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from cifar_ft import CifarFtError
+
+
+class ResultError(CifarFtError, ValueError):
+    """Labels, probabilities or counts that no metric can be computed from."""
+
+
+def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Interval (low, high) of a fraction, good also near 0 and 1; z = 1.96 is 95 % (Wilson, JASA 22, 1927).
+
+    Raises ResultError for counts that are not whole, no trials, more hits than trials, or a negative z.
+    """
+    try:
+        correct, total = operator.index(correct), operator.index(total)
+    except TypeError:
+        raise ResultError(f"correct={correct!r}, total={total!r}: give whole counts, not fractions") from None
+    if total < 1 or not 0 <= correct <= total:
+        raise ResultError(f"correct={correct}, total={total}: need total > 0 and 0 <= correct <= total")
+    if not (z >= 0 and math.isfinite(z)):
+        raise ResultError(f"z={z}: need a finite number of standard errors, such as 1.96 for 95 %")
+    p, shrink = correct / total, 1 + z * z / total
+    centre = (p + z * z / (2 * total)) / shrink
+    half = z / shrink * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))  # p stays inside
+
+
+def accuracy_text(correct: int, total: int) -> str:
+    """Accuracy with its 95 % Wilson interval: `accuracy_text(912, 1000)` is "91.2 % [89.3, 92.8]"."""
+    low, high = wilson_interval(correct, total)
+    return f"{100 * correct / total:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+class Difference(NamedTuple):
+    """Outcome of `difference_test`: fractions, then the z score and its two-sided p value."""
+
+    difference: float
+    standard_error: float
+    z: float
+    p: float
+
+
+def difference_test(acc_a: float, acc_b: float, n: int) -> Difference:
+    """Two-proportion z test (pooled): could accuracies `acc_a`, `acc_b` on `n` images each be one accuracy?
+
+    It knows only the two numbers, as a reader of a README does. Accuracies are fractions.
+    """
+    if not (0 <= acc_a <= 1 and 0 <= acc_b <= 1 and n >= 1):
+        raise ResultError(f"acc_a={acc_a}, acc_b={acc_b}, n={n}: need fractions from 0 to 1, n > 0")
+    pooled, difference = (acc_a + acc_b) / 2, acc_a - acc_b
+    error = math.sqrt(2 * pooled * (1 - pooled) / n)
+    z = difference / error if error > 0 else 0.0
+    return Difference(difference, error, z, math.erfc(abs(z) / math.sqrt(2)))
+
+
+def checked_classes(values: Any, name: str, classes: int, n: int | None = None) -> np.ndarray:
+    """Class numbers as int64 [N], or a ResultError; `n` is the length that another array demands."""
+    array = np.asarray(values)
+    if array.ndim != 1 or len(array) == 0 or array.dtype.kind not in "iu":
+        raise ResultError(f"{name}: shape {array.shape}, dtype {array.dtype}; need integers [N], N > 0")
+    if n is not None and len(array) != n:
+        raise ResultError(f"{len(array)} {name} for {n} images; all arrays must describe the same images")
+    if array.min() < 0 or array.max() >= classes:
+        raise ResultError(f"{name} run from {array.min()} to {array.max()}; allowed are 0 to {classes - 1}")
+    return array.astype(np.int64)
+
+
+def _scored(labels: Any, probabilities: Any) -> tuple[np.ndarray, np.ndarray]:
+    probabilities = np.asarray(probabilities, dtype=np.float32)
+    if probabilities.ndim != 2:
+        raise ResultError(f"probabilities have shape {probabilities.shape}; expected [N, classes]")
+    labels = checked_classes(labels, "labels", probabilities.shape[1], len(probabilities))
+    finite = np.isfinite(probabilities).all(axis=1)
+    if not finite.all():
+        raise ResultError(f"probabilities of image {finite.argmin()} are not finite; lower lr")
+    if probabilities.min() < 0 or np.abs(probabilities.sum(axis=1) - 1).max() > 1e-2:
+        raise ResultError("each row of probabilities must be >= 0 and sum to 1; apply softmax to logits")
+    return labels, probabilities
+
+
+def confusion(labels: Any, predictions: Any, classes: int = 10) -> np.ndarray:
+    """Count images by true class (rows) and predicted class (columns): int64 [classes, classes]."""
+    labels = checked_classes(labels, "labels", classes)
+    predictions = checked_classes(predictions, "predictions", classes, len(labels))
+    return np.bincount(labels * classes + predictions, minlength=classes * classes).reshape(classes, classes)
+
+
+def per_class_accuracy(
+    labels: Any, predictions: Any, class_names: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Accuracy of each true class, NaN without images: columns class, accuracy, low, high (Wilson), n."""
+    if class_names is None:
+        from cifar_ft.data import CLASSES as class_names
+    matrix = confusion(labels, predictions, len(class_names))
+    counts = zip(class_names, matrix.diagonal().tolist(), matrix.sum(axis=1).tolist(), strict=True)
+    rows = [
+        (name, hits / n, *wilson_interval(hits, n), n) if n else (name, *[math.nan] * 3, 0)
+        for name, hits, n in counts
+    ]
+    return pd.DataFrame(rows, columns=["class", "accuracy", "low", "high", "n"])
+
+
+def calibration(labels: Any, probabilities: Any, bins: int = 15) -> tuple[pd.DataFrame, float]:
+    """Compare confidence with accuracy in equal bins of confidence (Guo et al., ICML 2017).
+
+    Parameters
+    ----------
+    labels : int [N]; probabilities : float [N, C], rows sum to 1; bins : number of equal bins over 0 to 1.
+
+    Returns
+    -------
+    frame : one row a bin: confidence and accuracy (means, NaN in an empty bin), count, low_edge, high_edge.
+    ece : expected calibration error as a fraction, from torchmetrics.
+    """
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    labels, probabilities = _scored(labels, probabilities)
+    if bins < 1:
+        raise ResultError(f"bins={bins}; it must be at least 1")
+    # torchmetrics gives a confidence of exactly 1 a bin of its own; just below 1 it joins the last one
+    scores = torch.from_numpy(probabilities.clip(max=np.nextafter(np.float32(1), np.float32(0))))
+    ece = multiclass_calibration_error(scores, torch.from_numpy(labels), scores.shape[1], n_bins=bins).item()
+    confidence, prediction = scores.max(dim=1)
+    edges = torch.linspace(0, 1, bins + 1)
+    place = (torch.bucketize(confidence, edges, right=True) - 1).numpy()
+    count = np.bincount(place, minlength=bins)
+    means = {"confidence": confidence.numpy(), "accuracy": prediction.numpy() == labels}
+    with np.errstate(invalid="ignore"):
+        frame = pd.DataFrame({name: np.bincount(place, each, bins) / count for name, each in means.items()})
+    return frame.assign(count=count, low_edge=edges[:-1].numpy(), high_edge=edges[1:].numpy()), ece
+
+
+def most_confident_mistakes(labels: Any, probabilities: Any, k: int = 16) -> pd.DataFrame:
+    """The `k` wrong predictions of highest probability: columns index, label, prediction, probability."""
+    labels, probabilities = _scored(labels, probabilities)
+    prediction, probability = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    frame = pd.DataFrame(
+        {
+            "index": np.arange(len(labels)),
+            "label": labels,
+            "prediction": prediction,
+            "probability": probability,
+        }
+    )[prediction != labels]
+    return frame.sort_values("probability", ascending=False, kind="stable").head(k).reset_index(drop=True)

@@ -1,0 +1,194 @@
+"""Pictures of any kind (notebook 06): read, turned upright, cut square, made 32 pixels wide.
+
+Nothing here knows a model; whatever is no picture is refused with one clear line.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from contextlib import suppress
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from cifar_ft import CifarFtError
+from cifar_ft.sources import show_path
+
+SIZE = 32  # pixels: the width of the pictures that the models were trained on
+MAX_PIXELS = 50_000_000
+# Named one by one: Pillow would hand other kinds to outside programs (EPS to Ghostscript).
+FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000")
+
+
+class ImageError(CifarFtError, ValueError):
+    """Something that is no picture, or not one that can be predicted."""
+
+
+def read_image(source) -> Tensor:
+    """Read one picture, whatever it comes as.
+
+    Parameters
+    ----------
+    source : path, bytes, file object, PIL image, array or Tensor
+        Files are PNG, JPEG, GIF, WebP, BMP, TIFF and the like: turned upright as their EXIF data say, the
+        first frame of an animation, transparent parts on white, 16 bits scaled to 8. Arrays are [H, W] or
+        [H, W, C], tensors [H, W] or [C, H, W] with C = 1, 3 or 4 (the other order is accepted where only that
+        fits); uint8, uint16 (0 to 65,535) or floats, which must be from 0 to 1.
+
+    Returns
+    -------
+    uint8 Tensor [3, H, W]
+
+    Raises
+    ------
+    ImageError
+        With one line that names the picture and says what is wrong with it. A picture of more than 50 million
+        pixels is refused before it is decoded.
+    """
+    ready = isinstance(source, Image.Image) or (
+        hasattr(source, "__array__") and not isinstance(source, (str, bytes))  # NumPy's strings are both
+    )
+    name, source = ("the picture", source) if ready else _locate(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow warns of is checked here, or does not matter
+            if ready:
+                return _decode(source if isinstance(source, Image.Image) else _array_image(source))
+            Image.init()
+            with Image.open(source, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as image:
+                return _decode(image)
+    except ImageError as error:
+        problem = str(error)
+    except UnidentifiedImageError:
+        problem = "not a picture that can be read here; use PNG, JPEG, GIF, WebP, BMP or TIFF"
+    except Image.DecompressionBombError:
+        problem = f"too large; at most {MAX_PIXELS:,} pixels are allowed, make it smaller"
+    except Exception as error:  # a damaged file can cause any
+        problem = f"damaged, incomplete or of an unknown kind ({error or type(error).__name__}); get it again"
+    raise ImageError(one_line(f"{name}: {problem}"))
+
+
+def _locate(source) -> tuple[str, object]:
+    """A name for messages and what Pillow can open."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        if content := bytes(source):
+            return "the picture", io.BytesIO(content)
+        raise ImageError("the picture is empty: 0 bytes; choose a picture file")
+    if isinstance(source, io.TextIOBase):
+        raise ImageError('the picture is opened as text; open it with mode "rb"')
+    if hasattr(source, "read"):
+        return "the picture", source
+    if not isinstance(source, (str, os.PathLike)):
+        kinds = "a path, bytes, a file object, a PIL image, an array or a tensor"
+        raise ImageError(f"cannot read {type(source).__name__} as a picture; give {kinds}")
+    path = os.path.expanduser(os.fsdecode(source))
+    shown = one_line(show_path(os.path.abspath(path))) if path else "''"
+    if "://" in path:
+        raise ImageError(f"{one_line(path)} is an address; download the picture and give its path")
+    if os.path.isdir(path):
+        raise ImageError(f"{shown} is a folder; give a picture, or the folder to predict_paths")
+    if not os.path.isfile(path):
+        raise ImageError(f"{shown} is no regular file" if os.path.exists(path) else f"there is no file {shown}")
+    if not os.path.getsize(path):
+        raise ImageError(f"{shown} is empty: 0 bytes; choose another file")
+    return shown, path
+
+
+def _decode(image: Image.Image) -> Tensor:
+    width, height = image.size
+    if not width or not height:
+        raise ImageError(f"{width} x {height} pixels is no picture; each side must have at least 1")
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"too large: {width:,} x {height:,} pixels; at most {MAX_PIXELS:,} are allowed")
+    image.load()
+    with suppress(Exception):  # of damaged EXIF data; the picture itself has just been decoded
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # 16 bits and more, in one channel
+        values = np.asarray(image)
+        if image.mode == "I" and not (values >> 16).any():
+            values = values.astype(np.uint16)
+        image = _array_image(values)
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image.convert("RGBA"))
+        image = white
+    pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+
+
+def _array_image(source) -> Image.Image:
+    """An array or tensor as a PIL image of mode L, RGB or RGBA."""
+    axes, wanted = (2, 0), "[H, W] or [H, W, 3]"
+    if isinstance(source, Tensor):
+        axes, wanted = (0, 2), "[H, W] or [3, H, W]"
+        source = source.detach().cpu()
+        source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
+    array = np.asarray(source)
+    axis = next((axis for axis in axes if array.ndim == 3 and array.shape[axis] in (1, 3, 4)), None)
+    if axis is None and array.ndim != 2:
+        raise ImageError(f"shape {list(array.shape)} is no picture; give {wanted}, with 1, 3 or 4 channels")
+    if not array.size:
+        raise ImageError(f"shape {list(array.shape)} has no pixels; each side must have at least 1")
+    array = _uint8(array if axis is None else np.moveaxis(array, axis, 2))
+    return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2:] == (1,) else array))
+
+
+def _uint8(array: np.ndarray) -> np.ndarray:
+    kind = f"{array.dtype.kind}{array.dtype.itemsize}"
+    if kind == "u1":
+        return array
+    if kind == "u2":
+        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if kind[0] != "f":
+        allowed = "uint8 (0 to 255), uint16 (0 to 65,535) or floats from 0 to 1"
+        raise ImageError(f"pixels of type {array.dtype}; use {allowed}")
+    if not np.isfinite(array).all():
+        raise ImageError("some pixels are NaN or infinite; use finite values from 0 to 1")
+    low, high = array.min(), array.max()
+    if low < -1e-3 or high > 1 + 1e-3:  # leaves room for rounding in an earlier resize
+        hint = "undo a normalisation with transforms.denormalize" if low < 0 else "divide by 255 or give uint8"
+        raise ImageError(f"float pixels must be from 0 to 1; these run from {low:.4g} to {high:.4g}, {hint}")
+    return (array.clip(0, 1).astype(np.float32) * 255).round().astype(np.uint8)
+
+
+def one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def square(image: Tensor, fit: str = "crop") -> Tensor:
+    """Make a picture square and 32 pixels wide, as the network is used to.
+
+    The networks were trained on 32-pixel pictures, enlarged to the recipe's `image_size`. A sharp photograph
+    of `image_size` would show them details they have never seen, so every picture first loses these in an
+    anti-aliased resize to 32 pixels; `transforms.eval_transform` then enlarges it as in training.
+
+    Parameters
+    ----------
+    image : uint8 Tensor [3, H, W]
+    fit : {"crop", "pad"}
+        Keep the square in the middle, or the whole picture between black borders.
+
+    Returns
+    -------
+    uint8 Tensor [3, 32, 32]
+    """
+    if fit not in ("crop", "pad"):
+        raise ImageError(f"unknown fit {fit!r}; choose crop or pad")
+    height, width = image.shape[1:]
+    size = (SIZE, SIZE)
+    if fit == "crop":
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        image = image[:, top : top + side, left : left + side]
+    else:
+        size = tuple(max(1, round(SIZE * length / max(height, width))) for length in (height, width))
+    if image.shape[1:] != size:
+        image = F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
+    down, right = SIZE - size[0], SIZE - size[1]
+    return F.pad(image, (right // 2, right - right // 2, down // 2, down - down // 2))
