@@ -138,5 +138,5 @@ def test_make_says_which_python_it_needs(checkout, tmp_path):
 def test_make_without_target_lists_the_targets(checkout):
     done = make(checkout)
     assert done.returncode == 0
-    for target in ("course", "test", "lab", "lint", "outputs", "badges", "report", "clean"):
+    for target in ("course", "test", "lab", "lint", "record", "badges", "report", "clean"):
         assert f"make {target} " in done.stdout
