@@ -117,7 +117,20 @@ def course(
     """Run the six notebooks end to end and print what came out."""
     from cifar_ft.course import run_course
 
-    typer.echo("\n" + run_course(out, recipe, list(parameters), echo=typer.echo).table())
+    result = run_course(out, recipe, list(parameters), before=_fetch, echo=typer.echo)
+    typer.echo("\n" + result.table())
+
+
+def _fetch(parameters) -> None:
+    """Fetch data and weights before the notebooks need them, where progress and errors are easy to read."""
+    from cifar_ft.sources import fetch_cifar10, fetch_weights, resolve_backbone
+
+    recipe = get_recipe(parameters["RECIPE"], parameters["OVERRIDES"])
+    fetch_cifar10(parameters["DATA_ROOT"] or None, echo=typer.echo)
+    if recipe.weights == "imagenet":
+        backbone = resolve_backbone(recipe.backbone, typer.echo)
+        weights = fetch_weights(backbone, echo=typer.echo)
+        typer.echo(f"Weights: {backbone}, {weights.name}, from {weights.source}\n")
 
 
 @app.command()

@@ -200,6 +200,7 @@ def run_course(
     recipe: str | None = None,
     parameters: Mapping[str, Any] | Sequence[str] | None = None,
     notebooks: str | Path | Sequence[str | Path] | None = None,
+    before: Callable[[Mapping[str, Any]], object] | None = None,
     echo: Callable[[str], object] = print,
 ) -> CourseResult:
     """Run the notebooks in order; every argument is checked before the first one starts.
@@ -214,6 +215,8 @@ def run_course(
         Notebook parameters; each notebook gets those it declares. ``RUN_DIR`` defaults to ``<out>/run``.
     notebooks : folder or sequence of paths, optional
         What to run; default: see `find_notebooks`.
+    before : callable, optional
+        Called with all parameters once they are checked, before the first notebook: to fetch what they need.
     echo : callable
         Gets one line when a notebook starts and one when it ends.
 
@@ -240,6 +243,8 @@ def run_course(
     out = _empty_folder(out, chosen.get("RECIPE", "course"))
     given = {k: str(Path(os.path.expanduser(v)).resolve()) if k in PATHS and v else v for k, v in given.items()}
     given["RUN_DIR"] = given.get("RUN_DIR") or str(out / "run")
+    if before:
+        before({**chosen, **given})
     record = {"complete": False, "seconds": {}, "total_seconds": 0.0, "parameters": given, "changed": changed}
     for number, (path, found) in enumerate(declared.items(), 1):
         echo(f"[{number}/{len(declared)}] {path.stem} ...")

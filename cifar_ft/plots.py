@@ -279,6 +279,8 @@ def lines(frame: pd.DataFrame, x: str, y: str, *, hue: str | None = None, size=F
         n = frame[hue].nunique()
         style = {"hue": hue, "style": hue, "palette": list(PALETTE[:n]), "markers": list(MARKERS[:n])}
     sns.lineplot(frame, x=x, y=y, errorbar=None, ax=ax, **style)
+    if hue:
+        sns.move_legend(ax, "upper left", bbox_to_anchor=(1.01, 1), frameon=False, title=None)
     ax.set(**axes)
     return fig
 

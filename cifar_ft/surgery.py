@@ -265,7 +265,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], backbone: str) -> Loa
         key = wrong[0]
         raise SurgeryError(
             f"{len(wrong)} tensors have the wrong shape for {backbone}: {key} is {list(state[key].shape)} and should "
-            f"be {list(shapes[key])}. Choose the backbone these weights were made for, and load before changing the stem"
+            f"be {list(shapes[key])}. Choose the backbone they were made for, and load before changing the stem"
         )
     bad = [key for key in common if state[key].is_floating_point() and not state[key].isfinite().all()]
     if bad:

@@ -1,7 +1,7 @@
 """The training loop: one readable path from a recipe and the data to a run directory, on one CPU or many processes.
 
-All randomness is a function of (seed, epoch, step), so that a run can be stopped anywhere and resumed to the same weights,
-and so that several processes see the same global batches, augmented alike, as one.
+All randomness is a function of (seed, epoch, step), so that a run can be stopped anywhere and resumed to the same
+weights, and so that several processes see the same global batches, augmented alike, as one.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ EMA_EVERY = 4  # steps between updates of the moving average; its decay is taken
 def lr_factor(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     """The learning rate at a step, counted from 0, as a share of `recipe.lr`.
 
-    `constant` stays at 1. `cosine` falls from 1 towards 0, one stair an epoch. `one_cycle` rises linearly over the warm-up
-    and falls along a cosine to 1 % at the last step (Smith and Topin 2017, arXiv:1708.07120).
+    `constant` stays at 1. `cosine` falls from 1 towards 0, one stair an epoch. `one_cycle` rises linearly over the
+    warm-up and falls along a cosine to 1 % at the last step (Smith and Topin 2017, arXiv:1708.07120).
     """
     if recipe.schedule == "constant":
         return 1.0
@@ -318,7 +318,7 @@ def prepare(recipe: Recipe, model: nn.Module, accelerator: Accelerator) -> Train
 
 
 def warm_up(recipe: Recipe, model: nn.Module, ema: nn.Module | None, train: Split, echo) -> None:
-    """Before the first step: fit BatchNorm statistics to a resampled stem, and the head to frozen features, if asked."""
+    """Before the first step: fit BatchNorm statistics to a resampled stem, and the head to the features, if asked."""
     if recipe.stem == "cifar_resampled":
         transform, sample = transforms.eval_transform(recipe), train.subset(min(len(train), 4096))
         surgery.refresh_batchnorm(model, (transform(images) for images in sample.images.split(256)))
@@ -411,7 +411,8 @@ def finish_run(
     write_run(directory, recipe, info, training, len(splits["train"]), logits, labels, mirrored, model)
     run = load_run(directory.path)
     echo(
-        f"Test accuracy {accuracy_text(run.correct, len(labels))} on {len(labels):,} images; run in {show_path(run.path)}"
+        f"Test accuracy {accuracy_text(run.correct, len(labels))} on {len(labels):,} images; "
+        f"run in {show_path(run.path)}"
     )
     return run
 

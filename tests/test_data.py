@@ -40,8 +40,12 @@ def sha256(indices):
 def raw_cifar10():
     """50,000 + 10,000 numbered images, small, as `sources.fetch_cifar10` would return them."""
     train, test = numbered(torch.arange(50_000) % 10), numbered(torch.arange(10_000) * 7 % 10)
-    parts = [(split.images.permute(0, 2, 3, 1).numpy(), split.labels.numpy().astype(np.uint8)) for split in (train, test)]
-    return RawCifar10(*parts[0], *parts[1], "hub", None, "d" * 64, "2026-01-01")
+    parts = [
+        array.numpy().astype(np.uint8)
+        for split in (train, test)
+        for array in (split.images.permute(0, 2, 3, 1), split.labels)
+    ]
+    return RawCifar10(*parts, "hub", None, "d" * 64, "2026-01-01")
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +235,8 @@ def test_three_processes_share_the_global_batches_of_one(train):
     split, options = numbered(torch.arange(997) % 10), {"train": train, "epoch": 4}
     whole = [position(images) for images, _ in make_loader(split, recipe(), **options)]
     shards = [
-        [position(images) for images, _ in make_loader(split, recipe(), rank=rank, world=3, **options)] for rank in range(3)
+        [position(images) for images, _ in make_loader(split, recipe(), rank=rank, world=3, **options)]
+        for rank in range(3)
     ]
     union = torch.cat([batch for shard in shards for batch in shard])
     assert torch.equal(union.sort().values, torch.arange(997))

@@ -1,5 +1,6 @@
 """Recipes: the published one to the letter, and overrides that are typed, checked and explained."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -15,7 +16,8 @@ KEYS = [field.name for field in dataclasses.fields(Recipe) if field.name != "nam
 
 PUBLISHED = {  # what the public code of the published recipe does, field by field
     "backbone": "resnet50", "weights": "imagenet", "stem": "cifar_random", "max_pool": True, "last_stage": None,
-    "freeze": "none", "image_size": 32, "train_sizes": [], "normalization": "cifar10_published", "crop_padding": 4,
+    "head_init": "default", "freeze": "none", "image_size": 32,
+    "train_sizes": [], "normalization": "cifar10_published", "crop_padding": 4,
     "flip": True, "train_images": None, "val_images": None, "test_images": None, "validation": False, "epochs": 60,
     "batch_size": 32, "head_fit_images": 0, "lr": 0.01, "head_lr_factor": 1.0, "momentum": 0.9, "nesterov": False,
     "weight_decay": 5e-4, "schedule": "constant", "label_smoothing": 0.0, "ema_decay": 0.0, "select": "last",
@@ -77,7 +79,11 @@ def test_every_recipe_stands_under_its_own_name():
 
 
 def test_the_three_forms_of_overrides_are_one():
-    forms = ["epochs=1 lr=0.1 flip=false", ["epochs=1", "lr=0.1", "flip=false"], {"epochs": 1, "lr": 0.1, "flip": False}]
+    forms = [
+        "epochs=1 lr=0.1 flip=false",
+        ["epochs=1", "lr=0.1", "flip=false"],
+        {"epochs": 1, "lr": 0.1, "flip": False},
+    ]
     first, second, third = (get_recipe("quick", form) for form in forms)
     assert first == second == third
     assert (first.epochs, first.lr, first.flip) == (1, 0.1, False)
@@ -142,8 +148,10 @@ def test_a_value_that_is_no_choice_is_refused_with_the_choices(key):
     ("name", "overrides", "near"),
     [
         ("quik", "", "quick"), ("moderm", "", "modern"), ("reference_b46", "", "reference_b64"),
-        ("quick", "epoch=1", "epochs"), ("quick", "learning_rate_factor=1", None), ("quick", "lr_head_factor=2", "head_lr_factor"),
-        ("quick", "backbone=resnet5", "resnet50"), ("quick", "freeze=stages2", "stage2"), ("quick", "schedule=cosin", "cosine"),
+        ("quick", "epoch=1", "epochs"), ("quick", "learning_rate_factor=1", None),
+        ("quick", "lr_head_factor=2", "head_lr_factor"),
+        ("quick", "backbone=resnet5", "resnet50"), ("quick", "freeze=stages2", "stage2"),
+        ("quick", "schedule=cosin", "cosine"),
     ],
 )  # fmt: skip
 def test_an_unknown_name_is_answered_with_the_nearest(name, overrides, near):
@@ -268,11 +276,8 @@ texts = st.text() | st.from_regex(r"[\[\(]?[-+0-9.,e_ \\'\"]{0,12}[\]\)]?", full
 @example(name="quick", text="seed=" + "9" * 5000)
 def test_no_text_raises_anything_but_a_recipe_error(name, text):
     for form in (text, [text]):
-        try:
+        with contextlib.suppress(RecipeError):
             recipe = get_recipe(name, form)
-        except RecipeError as error:
-            assert str(error)
-        else:
             assert isinstance(recipe, Recipe)
 
 
@@ -281,11 +286,8 @@ def test_no_text_raises_anything_but_a_recipe_error(name, text):
 @example(name="cpu", key="train_sizes", text="-,")
 def test_no_value_raises_anything_but_a_recipe_error(name, key, text):
     for form in ([f"{key}={text}"], {key: text}):
-        try:
+        with contextlib.suppress(RecipeError):
             recipe = get_recipe(name, form)
-        except RecipeError as error:
-            assert str(error)
-        else:
             assert Recipe.from_dict(recipe.to_dict()) == recipe
 
 

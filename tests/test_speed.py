@@ -53,7 +53,9 @@ def test_outputs_and_gradients_are_those_of_the_plain_layer_at_every_size(kind, 
         images = torch.randn(3, 6, height, width).contiguous(memory_format=torch.channels_last)
         for found, expected in zip(results(fast, images), results(plain, images), strict=True):
             assert found.shape == expected.shape
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=lambda m, s=(height, width): f"{s}: {m}")
+            torch.testing.assert_close(
+                found, expected, rtol=1e-4, atol=1e-4, msg=lambda m, s=(height, width): f"{s}: {m}"
+            )
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -105,7 +107,8 @@ def test_a_whole_network_keeps_its_state_dict_outputs_and_gradients():
 @pytest.mark.parametrize(
     "layer",
     [
-        nn.Conv2d(6, 6, 3), nn.Conv2d(6, 6, 3, groups=2), nn.Conv2d(6, 12, 3, groups=6), nn.Conv2d(6, 6, (3, 5), groups=6),
+        nn.Conv2d(6, 6, 3), nn.Conv2d(6, 6, 3, groups=2), nn.Conv2d(6, 12, 3, groups=6, bias=False),
+        nn.Conv2d(6, 6, (3, 5), groups=6, bias=False),
         nn.Conv2d(6, 6, 3, groups=6, bias=True), nn.Conv2d(6, 6, 3, groups=6, bias=False, dilation=2),
         nn.Conv2d(6, 6, 3, (1, 2), groups=6, bias=False), nn.Conv2d(1, 1, 3, bias=False), nn.Linear(6, 6),
     ],
@@ -194,7 +197,9 @@ def test_measuring_leaves_the_model_as_it_was(model, tmp_path):
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize(("device", "native", "answer"), [("cuda", True, "bf16"), ("cuda", False, "fp16"), ("mps", False, "fp32")])
+@pytest.mark.parametrize(
+    ("device", "native", "answer"), [("cuda", True, "bf16"), ("cuda", False, "fp16"), ("mps", False, "fp32")]
+)
 def test_elsewhere_the_answer_needs_no_timing(monkeypatch, timed, tmp_path, device, native, answer):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     assert choose_precision(None, torch.device(device), 64, 32, tmp_path / "precision.json") == answer

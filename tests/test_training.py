@@ -1,4 +1,4 @@
-"""Training: the same seed gives the same run, whatever interrupts it; the test set is scored once and chooses nothing."""
+"""Training: one seed gives one run, whatever interrupts it; the test set is scored once and chooses nothing."""
 
 import copy
 import csv
@@ -60,8 +60,10 @@ def same_run(one, other):
     assert history(one) == history(other)
     assert np.array_equal(load_run(one).logits, load_run(other).logits)
     times = {"train_seconds", "images_per_second", "peak_memory_mb"}
-    figures = [json.loads((path / "metrics.json").read_text()) for path in (one, other)]
-    assert {k: v for k, v in figures[0].items() if k not in times} == {k: v for k, v in figures[1].items() if k not in times}
+    figures = [json.loads((path / "metrics.json").read_text()).items() for path in (one, other)]
+    assert [item for item in figures[0] if item[0] not in times] == [
+        item for item in figures[1] if item[0] not in times
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -87,21 +89,34 @@ def test_another_seed_gives_another_run(whole, small_data, tmp_path):
     assert history(tmp_path / "run") != history(whole)
 
 
-def test_a_pretrained_lite0_on_all_threads_is_as_repeatable_and_resumable(small_data, tmp_path, monkeypatch):
-    settings = {"backbone": "efficientnet_lite0", "weights": "imagenet", "last_stage": None, "epochs": 1, "image_size": 32}
-    few = {"train_images": 60, "val_images": 10, "test_images": 10, "batch_size": 12, "head_fit_images": 30}
-    mine = recipe(**settings, **few, freeze="stage2", label_smoothing=0.1, checkpoint_steps=4)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
+def test_several_threads_are_as_repeatable(small_data, tmp_path):
+    mine, threads = recipe(epochs=1, checkpoint_steps=0, train_images=60), torch.get_num_threads()
+    torch.set_num_threads(2)
     try:
-        fit(mine, small_data, tmp_path / "one", echo=quiet)
-        with monkeypatch.context() as patch:
-            crash_at(patch, 1)
-            with pytest.raises(Crash):
-                fit(mine, small_data, tmp_path / "two", echo=quiet)
-        fit(mine, small_data, tmp_path / "two", resume=True, echo=quiet)
+        for name in ("one", "two"):
+            fit(mine, small_data, tmp_path / name, echo=quiet)
     finally:
         torch.set_num_threads(threads)
+    same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_pretrained_lite0_is_as_repeatable_and_resumable(small_data, tmp_path, monkeypatch):
+    settings = {"backbone": "efficientnet_lite0", "weights": "imagenet", "last_stage": None, "image_size": 32}
+    few = {
+        "epochs": 1,
+        "train_images": 60,
+        "val_images": 10,
+        "test_images": 10,
+        "batch_size": 12,
+        "head_fit_images": 30,
+    }
+    mine = recipe(**settings, **few, freeze="stage2", label_smoothing=0.1, checkpoint_steps=4)
+    fit(mine, small_data, tmp_path / "one", echo=quiet)
+    with monkeypatch.context() as patch:
+        crash_at(patch, 1)
+        with pytest.raises(Crash):
+            fit(mine, small_data, tmp_path / "two", echo=quiet)
+    fit(mine, small_data, tmp_path / "two", resume=True, echo=quiet)
     same_run(tmp_path / "one", tmp_path / "two")
 
 
@@ -132,7 +147,7 @@ def interrupted(patch, data, path, nth, **overrides):
     assert not (path / "metrics.json").exists()
 
 
-@pytest.mark.parametrize("nth", [1, 5, 6, 9, 12], ids=["step 1", "last step", "epoch 1", "within epoch 2", "last epoch"])
+@pytest.mark.parametrize("nth", [1, 5, 6, 9, 12], ids=["step 1", "last step", "epoch 1", "step 3 of epoch 2", "end"])
 def test_interrupted_anywhere_and_resumed_is_as_if_never_interrupted(whole, small_data, tmp_path, monkeypatch, nth):
     path, lines = tmp_path / "run", []
     interrupted(monkeypatch, small_data, path, nth)
@@ -210,7 +225,8 @@ KILLED = """
 def test_killed_while_writing_a_checkpoint_and_resumed_is_as_if_never_killed(whole, small_data, tmp_path):
     path, tests = tmp_path / "run", os.path.dirname(__file__)
     code = textwrap.dedent(KILLED).format(tests=tests, path=str(path))
-    child = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(tests), capture_output=True, timeout=300, check=False)
+    command, root = [sys.executable, "-c", code], os.path.dirname(tests)
+    child = subprocess.run(command, cwd=root, capture_output=True, timeout=300, check=False)
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()
     assert list(path.rglob("*.part"))  # the torn file is there, under another name
     lines = []
@@ -221,7 +237,7 @@ def test_killed_while_writing_a_checkpoint_and_resumed_is_as_if_never_killed(who
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
-def test_a_damaged_newest_checkpoint_falls_back_and_still_ends_the_same(whole, small_data, tmp_path, monkeypatch, damage):
+def test_a_damaged_newest_checkpoint_falls_back_to_the_same_end(whole, small_data, tmp_path, monkeypatch, damage):
     path, lines = tmp_path / "run", []
     interrupted(monkeypatch, small_data, path, 8)
     newest, before = sorted((path / "checkpoint").glob("*.pt"), reverse=True)
@@ -268,7 +284,7 @@ def test_a_folder_in_use_by_another_process_is_refused(small_data, tmp_path):
 
 def test_a_run_is_never_overwritten_without_resume(whole, small_data, tmp_path):
     before = {file: file.read_bytes() for file in whole.rglob("*") if file.is_file() and file.name != ".lock"}
-    with pytest.raises(TrainingError, match="already holds a run; .*--resume.* another folder"):
+    with pytest.raises(TrainingError, match=r"already holds a run; .*--resume.* another folder"):
         fit(recipe(), small_data, whole, echo=quiet)
     assert all(file.read_bytes() == content for file, content in before.items())
 
@@ -282,7 +298,9 @@ def test_a_run_is_never_overwritten_without_resume(whole, small_data, tmp_path):
         ({}, "f" * 64, r"data.digest: '0+' then, 'f+' now"),
     ],
 )
-def test_resume_of_another_run_is_refused_with_the_difference(whole, small_data, tmp_path, overrides, digest, words, finished):
+def test_resume_of_another_run_is_refused_with_the_difference(
+    whole, small_data, tmp_path, overrides, digest, words, finished
+):
     path = tmp_path / "run"
     path.mkdir()
     for name in ("config.json", *(["metrics.json"] if finished else [])):
@@ -315,8 +333,15 @@ def test_a_run_without_a_folder_gets_a_new_one_of_its_own(small_data, tmp_path, 
 # faults
 
 
+def places(path):
+    """Where the checkpoints of a run stand: their names without the digest."""
+    return [file.name.rpartition("-")[0] for file in sorted((path / "checkpoint").iterdir())]
+
+
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_full_disk_is_a_clear_error_and_the_earlier_checkpoint_stays_whole(whole, small_data, tmp_path, monkeypatch, call):
+def test_a_full_disk_is_a_clear_error_and_earlier_checkpoints_stay_whole(
+    whole, small_data, tmp_path, monkeypatch, call
+):
     path, real, count = tmp_path / "run", getattr(os, call), itertools.count(1)
 
     def full(*arguments):
@@ -329,7 +354,7 @@ def test_a_full_disk_is_a_clear_error_and_the_earlier_checkpoint_stays_whole(who
         with pytest.raises(TrainingError, match=r"cannot write .*: No space left on device.*whole.*resume"):
             fit(recipe(), small_data, path, echo=quiet)
     assert not list(path.rglob("*.part"))
-    assert [file.name[:24] for file in RunDirectory(path).checkpoints()] == ["epoch-00000-step-0000003", "epoch-00000-step-0000002"]
+    assert places(path) == ["epoch-00000-step-0000002", "epoch-00000-step-0000003"]
     lines = []
     fit(recipe(), small_data, path, resume=True, echo=lines.append)
     assert "Resuming behind epoch 0, step 3" in lines
@@ -339,7 +364,7 @@ def test_a_full_disk_is_a_clear_error_and_the_earlier_checkpoint_stays_whole(who
 def test_an_impossible_folder_is_refused_before_any_training(small_data, tmp_path, monkeypatch):
     monkeypatch.setattr(surgery, "build_model", lambda *arguments: raise_(Crash()))
     (tmp_path / "file").touch()
-    with pytest.raises(TrainingError, match="cannot use .* as a run folder: .*choose another"):
+    with pytest.raises(TrainingError, match=r"cannot use .* as a run folder: .*choose another"):
         fit(recipe(), small_data, tmp_path / "file" / "run", echo=quiet)
 
 
@@ -353,7 +378,7 @@ def test_a_loss_that_is_not_finite_stops_training_with_advice(small_data, tmp_pa
         return model
 
     monkeypatch.setattr(surgery, "build_model", broken)
-    with pytest.raises(TrainingError, match=r"the loss is nan at epoch 1, step 1: .*lower learning rate \(--set lr=0.005\)"):
+    with pytest.raises(TrainingError, match=r"the loss is nan at epoch 1, step 1: .*\(--set lr=0.005\)"):
         fit(recipe(), small_data, tmp_path / "run", echo=quiet)
     assert not list((tmp_path / "run").rglob("*.pt"))  # no checkpoint of a broken model
     assert not (tmp_path / "run" / "metrics.json").exists()
@@ -431,14 +456,16 @@ def test_a_run_directory_holds_what_was_measured(small_data, tmp_path):
     run = fit(mine, small_data, tmp_path / "run", echo=quiet)
     with open(run.path / "history.csv", newline="") as file:
         header, *rows = csv.reader(file)
-    assert header == ["epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "lr", "seconds"]
+    columns = "epoch train_loss train_accuracy val_loss val_accuracy test_loss test_accuracy lr seconds"
+    assert header == columns.split()
     assert [row[0] for row in rows] == ["1", "2"]
     last = run.history.iloc[-1]
     assert list(run.history.lr) == pytest.approx([0.05, 0.025])
     metrics = run.metrics
     assert set(metrics) >= {
-        "recipe", "backbone", "weights", "epochs", "seed", "train_images", "val_accuracy", "test_accuracy", "test_accuracy_ci95",
-        "test_loss", "train_seconds", "images_per_second", "peak_memory_mb", "hardware", "versions",
+        "recipe", "backbone", "weights", "epochs", "seed", "train_images", "val_accuracy", "test_accuracy",
+        "test_accuracy_ci95", "test_loss", "train_seconds", "images_per_second", "peak_memory_mb", "hardware",
+        "versions",
     }  # fmt: skip
     assert (metrics["recipe"], metrics["backbone"], metrics["weights"]) == ("smoke", "resnet18", "none")
     assert (metrics["epochs"], metrics["seed"], metrics["train_images"]) == (2, 0, 120)
@@ -471,18 +498,20 @@ def test_test_columns_stay_empty_unless_the_recipe_tracks_them(whole):
 
 
 def test_without_validation_all_training_images_are_trained_on(small_data, tmp_path):
-    run = fit(recipe(validation=False, select="last", epochs=1, checkpoint_steps=0), small_data, tmp_path / "run", echo=quiet)
+    mine = recipe(validation=False, select="last", epochs=1, checkpoint_steps=0)
+    run = fit(mine, small_data, tmp_path / "run", echo=quiet)
     assert run.metrics["train_images"] == 160
     assert run.metrics["val_accuracy"] is None
     assert history(tmp_path / "run")[0]["val_accuracy"] == ""
 
 
 def test_only_the_two_newest_checkpoints_are_kept(whole):
-    assert [file.name[:24] for file in sorted((whole / "checkpoint").iterdir())] == ["epoch-00001-step-0000005", "epoch-00002-step-0000000"]
+    assert places(whole) == ["epoch-00001-step-0000005", "epoch-00002-step-0000000"]
 
 
 def test_smaller_subsets_are_used_when_asked(small_data, tmp_path):
-    run = fit(recipe(train_images=50, val_images=20, test_images=30, epochs=1), small_data, tmp_path / "run", echo=quiet)
+    mine = recipe(train_images=50, val_images=20, test_images=30, epochs=1)
+    run = fit(mine, small_data, tmp_path / "run", echo=quiet)
     assert (run.metrics["train_images"], len(run.labels)) == (50, 30)
     assert run.config["data"]["val"] == 20
 
@@ -562,12 +591,13 @@ def test_the_moving_average_is_the_one_computed_by_hand():
         if step % 4 == 3:  # every fourth step, so to the fourth power; at first it forgets faster
             decay = min(0.7, (1 + step) / (10 + step)) ** 4
             expected = decay * expected + (1 - decay) * model.weight.detach().double()
-            torch.testing.assert_close(state.ema.running_mean.double(), expected - (decay_of_start(step)), atol=1e-5, rtol=1e-5)
+            running = expected - left_of_the_start(step)
+            torch.testing.assert_close(state.ema.running_mean.double(), running, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(state.ema.weight.double(), expected, atol=1e-5, rtol=1e-5)
     assert state.ema.num_batches_tracked == 40
 
 
-def decay_of_start(step):
+def left_of_the_start(step):
     """What is left of the start: weights begin at 1 and running means at 0, and see the same values."""
     return math.prod(min(0.7, (1 + each) / (10 + each)) ** 4 for each in range(3, step + 1, 4))
 
@@ -659,8 +689,9 @@ def test_each_epoch_and_each_step_augments_anew_and_each_run_alike(small_data, t
 
 
 def test_a_small_network_learns(small_data, tmp_path):
-    settings = {"epochs": 20, "last_stage": 2, "image_size": 32, "checkpoint_steps": 0, "ema_decay": 0.0, "select": "last"}
-    run = fit(recipe(**settings, head_lr_factor=1, flip=False, crop_padding=0), small_data, tmp_path / "run", echo=quiet)
+    size = {"epochs": 12, "last_stage": 2, "image_size": 24}
+    plain = {"checkpoint_steps": 0, "ema_decay": 0.0, "select": "last", "flip": False, "crop_padding": 0}
+    run = fit(recipe(**size, **plain, head_lr_factor=1), small_data, tmp_path / "run", echo=quiet)
     assert run.history.train_loss.iloc[0] > 2
     assert run.history.train_loss.iloc[-1] < 1
     assert run.history.train_accuracy.iloc[-1] > 0.7

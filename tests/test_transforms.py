@@ -8,7 +8,17 @@ from hypothesis import strategies as st
 
 from cifar_ft import transforms
 from cifar_ft.recipes import RECIPES, get_recipe
-from cifar_ft.transforms import NORMALIZATIONS, denormalize, draw, eval_transform, normalize, random_crop, random_flip, resize, train_transform
+from cifar_ft.transforms import (
+    NORMALIZATIONS,
+    denormalize,
+    draw,
+    eval_transform,
+    normalize,
+    random_crop,
+    random_flip,
+    resize,
+    train_transform,
+)
 
 EVERY_OFFSET = torch.cartesian_prod(torch.arange(9), torch.arange(9))
 
@@ -143,7 +153,9 @@ def test_normalising_and_resizing_can_be_swapped(samples, size):
 @pytest.mark.parametrize("size", [16, 24, 48, 64])
 def test_resize_is_torchvisions_bilinear_with_antialiasing(samples, size):
     images = samples.images[:8].float()
-    torch.testing.assert_close(resize(images, size), tv.resize(images, [size, size], antialias=True), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        resize(images, size), tv.resize(images, [size, size], antialias=True), rtol=1e-4, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("size", [16, 32, 64])
