@@ -31,9 +31,7 @@ class Source(str, Enum):
     auto, hub, npm, official = "auto", "hub", "npm", "official"
 
 
-Root = Annotated[
-    Path | None, typer.Option("--root", help="Cache folder; default $CIFAR_FT_DATA or the user cache.")
-]
+Root = Annotated[Path | None, typer.Option("--root", help="Cache folder; default $CIFAR_FT_DATA or the user cache.")]
 Overrides = Annotated[
     list[str],
     typer.Option("--set", metavar="KEY=VALUE", help="Change one setting of the recipe; repeatable."),
@@ -67,9 +65,7 @@ def train(
     recipe: Annotated[str, typer.Option(help="Name of the recipe.")] = "quick",
     overrides: Overrides = (),
     out: Out = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint of --out.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of --out.")] = False,
     weights: Annotated[str | None, typer.Option(help="A weights file, or none for random weights.")] = None,
     root: Root = None,
 ) -> None:
@@ -86,9 +82,7 @@ def train(
 
 @app.command()
 def predict(
-    inputs: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE|FOLDER...", help="Pictures, or folders of them.")
-    ],
+    inputs: Annotated[list[Path], typer.Argument(metavar="IMAGE|FOLDER...", help="Pictures, or folders of them.")],
     run: Annotated[
         Path | None, typer.Option(help="A run folder; default: the newest run, else the shipped model.")
     ] = None,
@@ -174,9 +168,7 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        typer.echo(
-            f"Error: {type(error).__name__}: {error}\nRun it again with --debug to see where.", err=True
-        )
+        typer.echo(f"Error: {type(error).__name__}: {error}\nRun it again with --debug to see where.", err=True)
         sys.exit(1)
 
 

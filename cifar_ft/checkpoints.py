@@ -83,9 +83,7 @@ class RunDirectory:
         try:
             return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         except (ValueError, OSError) as error:
-            raise TrainingError(
-                f"{show_path(file)} is damaged ({error}); start anew in another folder"
-            ) from error
+            raise TrainingError(f"{show_path(file)} is damaged ({error}); start anew in another folder") from error
 
     def start(self, config: dict, resume: bool) -> None:
         """Store what the run is, or check that a resumed run is still the same one.
@@ -122,9 +120,7 @@ class RunDirectory:
             if key in config[part] and stored.get(part, {}).get(key) != config[part].get(key)
         ]
         if changes:
-            raise TrainingError(
-                f"cannot resume {show_path(self.path)}: it is another run ({'; '.join(changes)})"
-            )
+            raise TrainingError(f"cannot resume {show_path(self.path)}: it is another run ({'; '.join(changes)})")
 
     def write_json(self, name: str, value: dict) -> None:
         """Write one JSON file of the run."""

@@ -20,9 +20,7 @@ from cifar_ft.sources import fetch_cifar10
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 VAL_PER_CLASS = 500
-SPLIT_SEED = (
-    2010  # of the train/validation split; fixed, so that every run validates on the same 5,000 images
-)
+SPLIT_SEED = 2010  # of the train/validation split; fixed, so that every run validates on the same 5,000 images
 
 
 class DataError(CifarFtError, ValueError):
@@ -79,9 +77,7 @@ class Split(Dataset):
         if n is None or n == len(self):
             return self
         if not 0 < n <= len(self):
-            raise DataError(
-                f"subset({n}) of the {self.name} split is out of range; it has 1 to {len(self)} images"
-            )
+            raise DataError(f"subset({n}) of the {self.name} split is out of range; it has 1 to {len(self)} images")
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self), generator=generator)
         # Rank each image within its class, as a share of the class: taking the n lowest shares keeps the balance.
@@ -112,15 +108,11 @@ class Cifar10:
     def full_train(self) -> Split:
         """All 50,000 official training images in the official order (train and validation together)."""
         order = torch.cat([self.train.indices, self.val.indices]).argsort()
-        images, labels = (
-            torch.cat([getattr(s, k) for s in (self.train, self.val)]) for k in ("images", "labels")
-        )
+        images, labels = (torch.cat([getattr(s, k) for s in (self.train, self.val)]) for k in ("images", "labels"))
         return Split(images[order], labels[order], "full train")
 
 
-def split_indices(
-    labels: Tensor, per_class: int = VAL_PER_CLASS, seed: int = SPLIT_SEED
-) -> tuple[Tensor, Tensor]:
+def split_indices(labels: Tensor, per_class: int = VAL_PER_CLASS, seed: int = SPLIT_SEED) -> tuple[Tensor, Tensor]:
     """Positions of the training and the validation images: stratified, fixed, each in the official order."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.zeros(len(labels), dtype=torch.bool)
@@ -208,9 +200,7 @@ class EpochBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         order = torch.arange(self.n)
         if self.shuffle:
-            order = torch.randperm(
-                self.n, generator=torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
-            )
+            order = torch.randperm(self.n, generator=torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch)))
         for batch in order.split(self.sizes):
             yield batch[self.rank :: self.world]
 
@@ -244,13 +234,9 @@ def pixel_statistics(images: Tensor) -> dict[str, tuple[float, ...]]:
     deviation), three floats each.
     """
     parts = [torch.var_mean(chunk.flatten(2).float() / 255, dim=2) for chunk in images.split(5000)]
-    variances, means = (
-        torch.cat(values).double() for values in zip(*parts, strict=True)
-    )  # of each image, [N, 3]
+    variances, means = (torch.cat(values).double() for values in zip(*parts, strict=True))  # of each image, [N, 3]
     pixels = images[0, 0].numel()
-    within = (
-        variances * (pixels - 1) / pixels
-    )  # torch divides by one less, the spread over all pixels does not
+    within = variances * (pixels - 1) / pixels  # torch divides by one less, the spread over all pixels does not
     values = {
         "mean": means.mean(0),
         "std": (within.mean(0) + means.var(0, correction=0)).sqrt(),

@@ -253,9 +253,7 @@ def npm_pack(package: str, target: Path, size: int) -> Path:
             "--loglevel=error",
             "--no-update-notifier",
         ]
-        _run(
-            [npm, "view", package, "dist.shasum", "--fetch-timeout=5000", *options], work, NPM_ANSWER_SECONDS
-        )
+        _run([npm, "view", package, "dist.shasum", "--fetch-timeout=5000", *options], work, NPM_ANSWER_SECONDS)
         with progress_bar(package, size) as bar:
             _run(
                 [npm, "pack", package, "--ignore-scripts", "--fetch-timeout=60000", *options],
@@ -274,9 +272,7 @@ def npm_pack(package: str, target: Path, size: int) -> Path:
 
 def _run(command: list[str], folder: Path, limit: float, bar: tqdm | None = None) -> None:
     own_group = (
-        {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-        if os.name == "nt"
-        else {"start_new_session": True}
+        {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
     )
     with open(folder / "npm.log", "wb") as log:
         try:
@@ -299,9 +295,7 @@ def _run(command: list[str], folder: Path, limit: float, bar: tqdm | None = None
     if process.returncode:
         said = (folder / "npm.log").read_text(errors="replace")
         code = re.search(r"npm (?:ERR!|error) code (\S+)", said)
-        raise SourceError(
-            f"npm {command[1]} failed ({code[1] if code else f'exit status {process.returncode}'})"
-        )
+        raise SourceError(f"npm {command[1]} failed ({code[1] if code else f'exit status {process.returncode}'})")
 
 
 def _size(folder: Path) -> int:

@@ -100,17 +100,14 @@ def confusion(labels: Any, predictions: Any, classes: int = 10) -> np.ndarray:
     return np.bincount(labels * classes + predictions, minlength=classes * classes).reshape(classes, classes)
 
 
-def per_class_accuracy(
-    labels: Any, predictions: Any, class_names: Sequence[str] | None = None
-) -> pd.DataFrame:
+def per_class_accuracy(labels: Any, predictions: Any, class_names: Sequence[str] | None = None) -> pd.DataFrame:
     """Accuracy of each true class, NaN without images: columns class, accuracy, low, high (Wilson), n."""
     if class_names is None:
         from cifar_ft.data import CLASSES as class_names
     matrix = confusion(labels, predictions, len(class_names))
     counts = zip(class_names, matrix.diagonal().tolist(), matrix.sum(axis=1).tolist(), strict=True)
     rows = [
-        (name, hits / n, *wilson_interval(hits, n), n) if n else (name, *[math.nan] * 3, 0)
-        for name, hits, n in counts
+        (name, hits / n, *wilson_interval(hits, n), n) if n else (name, *[math.nan] * 3, 0) for name, hits, n in counts
     ]
     return pd.DataFrame(rows, columns=["class", "accuracy", "low", "high", "n"])
 

@@ -116,9 +116,7 @@ def _pictures(images: Any) -> np.ndarray:
         return array
     if not (array.min() >= -1e-3 and array.max() <= 1 + 1e-3):
         span = f"{array.min():.3g} to {array.max():.3g}"
-        raise ValueError(
-            f"images run from {span}, not 0 to 1; undo normalisation first (transforms.denormalize)"
-        )
+        raise ValueError(f"images run from {span}, not 0 to 1; undo normalisation first (transforms.denormalize)")
     return array.astype(np.float32).clip(0, 1)
 
 
@@ -143,18 +141,14 @@ def image_grid(
     depth = max((title.count("\n") + 1 for title in titles or ()), default=0)
     step_x, step_y = zoom * width + GAP, zoom * height + GAP + 20 * depth
     fig, _ = _figure(((ncols * step_x + GAP) / DPI, (rows * step_y + GAP) / DPI), 0, 0)
-    fontsize = np.clip(
-        step_x / max((len(line) for line in lines), default=1), 7, 10
-    )  # 10 dots a letter at 10 pt
+    fontsize = np.clip(step_x / max((len(line) for line in lines), default=1), 7, 10)  # 10 dots a letter at 10 pt
     full = np.array([ncols * step_x + GAP, rows * step_y + GAP] * 2)
     for i, picture in enumerate(pictures):
         left, bottom = GAP + i % ncols * step_x, full[1] - (i // ncols + 1) * step_y
         ax = fig.add_axes(np.array([left, bottom, zoom * width, zoom * height]) / full)
         _draw(ax, picture)
         if titles is not None:
-            ax.set_title(
-                titles[i], fontsize=fontsize, pad=3, color=colors[i] if colors is not None else "black"
-            )
+            ax.set_title(titles[i], fontsize=fontsize, pad=3, color=colors[i] if colors is not None else "black")
     return fig
 
 

@@ -49,9 +49,7 @@ class Recipe:
     name: str
     # the model
     backbone: str = "auto"  # auto: resnet50 where its ImageNet weights can be had, else efficientnet_lite0
-    weights: str = (
-        "imagenet"  # "imagenet", "none" for random weights on purpose, or the path of a weights file
-    )
+    weights: str = "imagenet"  # "imagenet", "none" for random weights on purpose, or the path of a weights file
     stem: str = "pretrained"  # pretrained | cifar_random (new 3x3, stride 1) | cifar_resampled (3x3 made of it)
     max_pool: bool = True  # keep the ResNet's max-pool behind the stem
     last_stage: int | None = None  # cut a ResNet behind this stage
@@ -101,17 +99,13 @@ class Recipe:
                 "or train_sizes=none to train at image_size"
             )
         if any(not 16 <= size <= 512 for size in self.train_sizes):
-            raise RecipeError(
-                f"train_sizes={self.train_sizes} is out of range; each size must be 16 to 512 pixels"
-            )
+            raise RecipeError(f"train_sizes={self.train_sizes} is out of range; each size must be 16 to 512 pixels")
         if self.select == "best" and not self.validation:
             raise RecipeError("select=best needs validation=true: the test set is never used to choose")
         if self.nesterov and self.momentum == 0:
             raise RecipeError("nesterov=true needs a momentum above 0")
         if self.backbone == "efficientnet_lite0" and (self.last_stage or not self.max_pool):
-            raise RecipeError(
-                "last_stage and max_pool=false are for ResNets; efficientnet_lite0 has neither to change"
-            )
+            raise RecipeError("last_stage and max_pool=false are for ResNets; efficientnet_lite0 has neither to change")
 
     def size_at(self, epoch: int) -> int:
         """Training image size in pixels at an epoch counted from 0."""
@@ -121,12 +115,7 @@ class Recipe:
         """A checked copy with other values. A new number of epochs stretches or shortens `train_sizes` with it."""
         epochs = changes.get("epochs", self.epochs)
         low, high = RANGES["epochs"]  # a number out of range is refused below, not stretched to
-        if (
-            self.train_sizes
-            and "train_sizes" not in changes
-            and epochs != self.epochs
-            and low <= epochs <= high
-        ):
+        if self.train_sizes and "train_sizes" not in changes and epochs != self.epochs and low <= epochs <= high:
             changes["train_sizes"] = tuple(self.train_sizes[i * self.epochs // epochs] for i in range(epochs))
         return dataclasses.replace(self, **changes)
 
@@ -141,7 +130,10 @@ class Recipe:
         for key in values:
             if key not in known:
                 raise RecipeError(_not_allowed("recipe key", key, sorted(known)))
-        return cls(**{**values, "train_sizes": tuple(values.get("train_sizes", ()))})
+        try:
+            return cls(**{**values, "train_sizes": tuple(values.get("train_sizes", ()))})
+        except TypeError as error:
+            raise RecipeError(f"this is no recipe written by to_dict: {error}") from error
 
 
 _reference = Recipe(
@@ -218,13 +210,9 @@ def parse_overrides(overrides: str | Iterable[str] | Mapping[str, object]) -> di
         pairs = [str(item).partition("=") for item in overrides]
         for key, equals, _ in pairs:
             if not equals:
-                raise RecipeError(
-                    f"override {key!r} has no value; write it as key=value, for example epochs=1"
-                )
+                raise RecipeError(f"override {key!r} has no value; write it as key=value, for example epochs=1")
         if len({key.strip() for key, _, _ in pairs}) != len(pairs):
-            raise RecipeError(
-                f"a key is given twice in {' '.join(map(''.join, pairs))!r}; give each key once"
-            )
+            raise RecipeError(f"a key is given twice in {' '.join(map(''.join, pairs))!r}; give each key once")
         overrides = {key.strip(): value.strip() for key, _, value in pairs}
     hints = typing.get_type_hints(Recipe)
     allowed = [key for key in hints if key != "name"]
@@ -250,8 +238,8 @@ def _typed(key: str, value: object, hint: object) -> object:
             return ()
     try:
         if typing.get_origin(kind) is tuple:
-            items = text.strip("()[]").replace("-", ",").split(",") if text is not None else value
-            return tuple(_typed(key, item, int) for item in items if item != "")
+            items = text.strip("()[]").split(",") if text is not None else value
+            return tuple(_typed(key, item, int) for item in items if item != "")  # a trailing comma is fine
         if kind is bool:
             return value if isinstance(value, bool) else {"true": True, "false": False}[str(text).lower()]
         if isinstance(value, bool) or (kind is str and text is None):

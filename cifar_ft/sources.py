@@ -119,9 +119,7 @@ def fetch_cifar10(
     cache = folder / CACHE_NAME
     with folder_errors(folder):
         if folder.exists() and not folder.is_dir():
-            raise SourceError(
-                f"{show_path(folder)} is a file, not a folder; name a folder or set CIFAR_FT_DATA"
-            )
+            raise SourceError(f"{show_path(folder)} is a file, not a folder; name a folder or set CIFAR_FT_DATA")
         if source == "auto":
             raw, damage = _read_cache(cache)  # without the lock: a read-only cache has none
             if raw is not None:
@@ -189,12 +187,7 @@ def _read_cache(cache: Path) -> tuple[RawCifar10 | None, str]:
     for part, expected in (("train", names[:-1]), ("test", names[-1:])):
         images, labels = parts[part]
         shape = (len(expected) * BATCH_SIZE, 32, 32, 3)
-        if (
-            images.dtype != np.uint8
-            or labels.dtype != np.uint8
-            or images.shape != shape
-            or labels.shape != shape[:1]
-        ):
+        if images.dtype != np.uint8 or labels.dtype != np.uint8 or images.shape != shape or labels.shape != shape[:1]:
             return None, f"{part}_images has the shape {images.shape} instead of {shape}"
         got = _batch_digests(images, labels)
         wrong += [name for name, digest in zip(expected, got, strict=True) if digest != BATCH_DIGESTS[name]]
@@ -204,15 +197,11 @@ def _read_cache(cache: Path) -> tuple[RawCifar10 | None, str]:
 
 
 def _raw(*arrays: np.ndarray, **facts) -> RawCifar10:
-    return RawCifar10(
-        *arrays, digest=hashlib.sha256("".join(BATCH_DIGESTS.values()).encode()).hexdigest(), **facts
-    )
+    return RawCifar10(*arrays, digest=hashlib.sha256("".join(BATCH_DIGESTS.values()).encode()).hexdigest(), **facts)
 
 
 def _write_cache(raw: RawCifar10) -> None:
-    tensors = {
-        name: getattr(raw, name) for name in ("train_images", "train_labels", "test_images", "test_labels")
-    }
+    tensors = {name: getattr(raw, name) for name in ("train_images", "train_labels", "test_images", "test_labels")}
     facts = {"source": raw.source, "fetched": raw.fetched, "seal": _seal(raw.source, raw.fetched)}
     temporary = raw.path.with_name(raw.path.name + ".tmp")  # one name is enough: we hold the lock
     try:
@@ -249,9 +238,7 @@ def _fetch(folder: Path, sources: tuple[str, ...], echo: Callable[[str], object]
             except SourceError as error:
                 reasons.append(f"{f'{FILES[name][0]} put there by hand' if here else name}: {error}")
                 continue
-            raw = _raw(
-                *arrays, source=name, path=folder / CACHE_NAME, fetched=datetime.date.today().isoformat()
-            )
+            raw = _raw(*arrays, source=name, path=folder / CACHE_NAME, fetched=datetime.date.today().isoformat())
             _write_cache(raw)
             shutil.rmtree(work, ignore_errors=True)
             how = (
@@ -301,9 +288,7 @@ def _decode(name: str, paths: list[Path], keep: bool) -> tuple[np.ndarray, ...]:
         found = {digest: i * BATCH_SIZE for i, digest in enumerate(_batch_digests(images, labels))}
         missing = [batch for batch, digest in BATCH_DIGESTS.items() if digest not in found]
         if missing:
-            raise SourceError(
-                f"its images or labels are not those of CIFAR-10 ({', '.join(missing)} not found)"
-            )
+            raise SourceError(f"its images or labels are not those of CIFAR-10 ({', '.join(missing)} not found)")
     except Exception as error:  # whatever untrusted bytes may cause
         if not keep:
             for path in paths:

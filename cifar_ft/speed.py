@@ -36,12 +36,8 @@ class _Depthwise(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         images, weight = ctx.saved_tensors
         return (
-            _input_gradient(grad, images, weight, ctx.stride, ctx.padding)
-            if ctx.needs_input_grad[0]
-            else None,
-            _weight_gradient(grad, images, weight, ctx.stride, ctx.padding)
-            if ctx.needs_input_grad[1]
-            else None,
+            _input_gradient(grad, images, weight, ctx.stride, ctx.padding) if ctx.needs_input_grad[0] else None,
+            _weight_gradient(grad, images, weight, ctx.stride, ctx.padding) if ctx.needs_input_grad[1] else None,
             None,
             None,
         )
@@ -81,9 +77,7 @@ class DepthwiseConv2d(nn.Conv2d):
         padding = self.padding[0]
         if self.same_padding:
             padding = 0
-            before_after = [
-                _same(size, kernel, stride) for size in images.shape[:1:-1]
-            ]  # width first, then height
+            before_after = [_same(size, kernel, stride) for size in images.shape[:1:-1]]  # width first, then height
             images = F.pad(images, [pad for pair in before_after for pad in pair])
         return _Depthwise.apply(images, weight, stride, padding)
 
@@ -170,9 +164,7 @@ def choose_precision(
     return known[key]
 
 
-def _images_per_second(
-    model: nn.Module, precision: str, image_size: int, batch_size: int, steps: int = 4
-) -> float:
+def _images_per_second(model: nn.Module, precision: str, image_size: int, batch_size: int, steps: int = 4) -> float:
     import copy
 
     trial = speed_up(copy.deepcopy(model)).train().to(memory_format=torch.channels_last)

@@ -63,6 +63,8 @@ def replace_head(model: nn.Module, num_classes: int = 10, init: str = "small") -
     With `init="small"` its weights are drawn with a deviation of 0.01 and its bias is 0, so that the first predictions
     are almost uniform; `"default"` is PyTorch's own initialisation, as in the published code.
     """
+    if init not in ("small", "default"):
+        raise SurgeryError(f"unknown init {init!r}; choose small or default")
     new = nn.Linear(head(model).in_features, num_classes)
     if init == "small":
         nn.init.normal_(new.weight, std=0.01)
@@ -229,9 +231,7 @@ class LoadReport:
         )
         full, empty = frame.loaded == frame.tensors, frame.loaded == 0
         return frame.assign(
-            status=[
-                "loaded" if f else "missing" if e else "in part" for f, e in zip(full, empty, strict=True)
-            ]
+            status=["loaded" if f else "missing" if e else "in part" for f, e in zip(full, empty, strict=True)]
         )
 
 
@@ -257,9 +257,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], backbone: str) -> Loa
             "torchvision's names for ResNets or timm's for efficientnet_lite0"
         )
     own = {key: value for key, value in model.state_dict().items() if key not in head_keys}
-    shapes = {
-        key: own.get(key, whole[key]).shape for key in common
-    }  # a changed stem differs from the whole backbone
+    shapes = {key: own.get(key, whole[key]).shape for key in common}  # a changed stem differs from the whole backbone
     wrong = [key for key in common if state[key].shape != shapes[key]]
     if wrong:
         key = wrong[0]
@@ -269,9 +267,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], backbone: str) -> Loa
         )
     bad = [key for key in common if state[key].is_floating_point() and not state[key].isfinite().all()]
     if bad:
-        raise SurgeryError(
-            f"{bad[0]} holds values that are not finite; the weights file is damaged, fetch it again"
-        )
+        raise SurgeryError(f"{bad[0]} holds values that are not finite; the weights file is damaged, fetch it again")
     loaded = [key for key in own if key in state]
     # Old files lack the step counters of BatchNorm, which nothing here reads.
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
@@ -323,9 +319,7 @@ def build_model(recipe: Recipe, echo=print) -> nn.Module:
     echo(f"Model: {backbone}, weights {model.weights_info['weights']} ({model.weights_info['source']})")
     if report and report.missing:
         layers = sorted({key.split(".")[0] for key in report.missing})
-        echo(
-            f"Note: the weights file has no {', '.join(layers)}; {len(report.missing)} tensors there stay random"
-        )
+        echo(f"Note: the weights file has no {', '.join(layers)}; {len(report.missing)} tensors there stay random")
     return model
 
 
@@ -357,9 +351,7 @@ def summarize(model: nn.Module, image_size: int) -> pd.DataFrame:
 
     training = {m: m.training for m in model.modules()}
     device = next(model.parameters()).device
-    info = summary(
-        model, input_size=(1, 3, image_size, image_size), depth=9, verbose=0, mode="eval", device=device
-    )
+    info = summary(model, input_size=(1, 3, image_size, image_size), depth=9, verbose=0, mode="eval", device=device)
     for module, mode in training.items():
         module.training = mode
     calls = {id(layer.module): layer for layer in info.summary_list}
@@ -376,17 +368,13 @@ def summarize(model: nn.Module, image_size: int) -> pd.DataFrame:
                 "parameters": sum(p.numel() for p in parameters),
                 "trainable": sum(p.numel() for p in parameters if p.requires_grad),
                 "gmac": round(sum(calls[id(m)].macs for m in leaves if id(m) in calls) / 1e9, 6),
-                "batchnorm": ("frozen" if all(isinstance(m, _Frozen) for m in norms) else "moves")
-                if norms
-                else "",
+                "batchnorm": ("frozen" if all(isinstance(m, _Frozen) for m in norms) else "moves") if norms else "",
             }
         )
     return pd.DataFrame(rows)
 
 
-def compare(
-    before: nn.Module, after: nn.Module, image_size: int, size_before: int | None = None
-) -> pd.DataFrame:
+def compare(before: nn.Module, after: nn.Module, image_size: int, size_before: int | None = None) -> pd.DataFrame:
     """The tables of two models side by side, one row a part, with a row of totals."""
     frames = [summarize(before, size_before or image_size), summarize(after, image_size)]
     sides = []

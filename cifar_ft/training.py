@@ -7,55 +7,30 @@ weights, and so that several processes see the same global batches, augmented al
 from __future__ import annotations
 
 import copy
-import csv
-import datetime
-import io
 import math
-import platform
 import sys
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import cifar_ft
 from cifar_ft import surgery, transforms
-from cifar_ft.checkpoints import RunDirectory, TrainingError, write_atomic
+from cifar_ft.checkpoints import RunDirectory, TrainingError
 from cifar_ft.data import Cifar10, Split, epoch_seed, make_loader
+from cifar_ft.probe import fit_head
 from cifar_ft.recipes import Recipe
-from cifar_ft.results import (
-    Run,
-    accuracy_text,
-    evaluating,
-    load_run,
-    predict_logits,
-    runs_root,
-    wilson_interval,
-)
+from cifar_ft.records import describe_run, new_run_dir, write_run
+from cifar_ft.results import Run, accuracy_text, load_run, predict_logits
 from cifar_ft.sources import data_root, show_path
-from cifar_ft.speed import choose_precision, hardware, keep_memory, speed_up
+from cifar_ft.speed import choose_precision, keep_memory, speed_up
 
-HISTORY = (
-    "epoch",
-    "train_loss",
-    "train_accuracy",
-    "val_loss",
-    "val_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "lr",
-    "seconds",
-)
 EMA_EVERY = 4  # steps between updates of the moving average; its decay is taken to this power
 
 
@@ -120,16 +95,13 @@ class Training:
     def state(self) -> dict:
         """All of it as tensors and plain values."""
         place = {key: getattr(self, key) for key in self.PLACE}
-        parts = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "sums": self.sums,
-        }
+        model = getattr(self.model, "module", self.model)  # without the wrapper of several processes
+        parts = {"model": model.state_dict(), "optimizer": self.optimizer.state_dict(), "sums": self.sums}
         return {**place, **parts, "ema": None if self.ema is None else self.ema.state_dict()}
 
     def restore(self, state: dict) -> None:
         """The inverse of `state`."""
-        self.model.load_state_dict(state["model"])
+        getattr(self.model, "module", self.model).load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.sums = state["sums"].to(self.sums.device)
         if self.ema is not None:
@@ -138,9 +110,7 @@ class Training:
             setattr(self, key, state[key])
 
 
-def train_epoch(
-    training: Training, split: Split, recipe: Recipe, accelerator: Accelerator, after_step=None
-) -> None:
+def train_epoch(training: Training, split: Split, recipe: Recipe, accelerator: Accelerator, after_step=None) -> None:
     """Train through the rest of one epoch: augment, predict, compare, step.
 
     `training.sums` collects the plain cross-entropy, the correct predictions and the images, on the device.
@@ -162,17 +132,16 @@ def train_epoch(
         set_lr(training.optimizer, lr_factor(recipe, training.epoch * len(loader) + step, len(loader)))
 
         logits = training.model(inputs).float()
-        loss = (
-            F.cross_entropy(logits, labels, reduction="sum", label_smoothing=recipe.label_smoothing) / batch
-        )
+        loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=recipe.label_smoothing) / batch
         training.optimizer.zero_grad()
         accelerator.backward(loss * world)  # the processes average their gradients; this makes it the sum
         training.optimizer.step()
 
-        update_ema(training, recipe, accelerator, training.epoch * len(loader) + step)
+        last = step + 1 == len(loader)
+        update_ema(training, recipe, accelerator, training.epoch * len(loader) + step, last)
         training.sums += _sums(logits.detach(), labels)
         training.step, training.seconds = step + 1, time.perf_counter() - start
-        if accelerator.device.type == "cpu" or training.step == len(loader):
+        if accelerator.device.type == "cpu" or last:
             _check_finite(loss, recipe, training)
         if after_step:
             after_step()
@@ -185,27 +154,24 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 @torch.no_grad()
-def update_ema(training: Training, recipe: Recipe, accelerator: Accelerator, step: int) -> None:
+def update_ema(training: Training, recipe: Recipe, accelerator: Accelerator, step: int, last: bool = False) -> None:
     """Move the averaged weights and BatchNorm statistics a little towards the model's, every fourth step.
 
-    The decay grows with the steps, so that the first weights are soon forgotten.
+    The last step of an epoch counts too, so that the shortest run moves them. The decay grows with the steps, so that
+    the first weights are soon forgotten.
     """
-    if training.ema is None or (step + 1) % EMA_EVERY:
+    if training.ema is None or ((step + 1) % EMA_EVERY and not last):
         return
     decay = min(recipe.ema_decay, (1 + step) / (10 + step)) ** EMA_EVERY
     model = accelerator.unwrap_model(training.model)
-    for averaged, current in zip(
-        training.ema.state_dict().values(), model.state_dict().values(), strict=True
-    ):
+    for averaged, current in zip(training.ema.state_dict().values(), model.state_dict().values(), strict=True):
         if averaged.is_floating_point():
             averaged.lerp_(current, 1 - decay)
         else:
             averaged.copy_(current)
 
 
-def fit(
-    recipe: Recipe, data: Cifar10, run_dir: str | Path | None = None, *, resume: bool = False, echo=print
-) -> Run:
+def fit(recipe: Recipe, data: Cifar10, run_dir: str | Path | None = None, *, resume: bool = False, echo=print) -> Run:
     """Train what a recipe says, score the test set once, and leave a complete run directory.
 
     Parameters
@@ -260,7 +226,7 @@ def _fit(recipe: Recipe, data: Cifar10, directory: RunDirectory | None, resume: 
     model = surgery.build_model(recipe, echo)
     precision, accelerator = make_accelerator(recipe, model, directory, echo)
     if directory:
-        directory.start(_config(recipe, data, splits, model, precision), resume)
+        directory.start(describe_run(recipe, data, splits, model, precision), resume)
     splits = {name: split.to(accelerator.device) for name, split in splits.items()}
     training = prepare(recipe, model, accelerator)
     checkpoint = directory.load_checkpoint() if directory and resume else None
@@ -286,9 +252,7 @@ def _fit(recipe: Recipe, data: Cifar10, directory: RunDirectory | None, resume: 
     return finish_run(training, splits, recipe, accelerator, directory, echo)
 
 
-def make_accelerator(
-    recipe: Recipe, model: nn.Module, directory: RunDirectory | None, echo
-) -> tuple[str, Accelerator]:
+def make_accelerator(recipe: Recipe, model: nn.Module, directory: RunDirectory | None, echo) -> tuple[str, Accelerator]:
     """The precision to train in and the Accelerator that does it; a resumed run keeps the precision it started with."""
     state = PartialState()
     precision = recipe.precision
@@ -323,45 +287,12 @@ def warm_up(recipe: Recipe, model: nn.Module, ema: nn.Module | None, train: Spli
         transform, sample = transforms.eval_transform(recipe), train.subset(min(len(train), 4096))
         surgery.refresh_batchnorm(model, (transform(images) for images in sample.images.split(256)))
     if recipe.head_fit_images:
-        echo(
-            f"Head fitted on frozen features: {fit_head(model, train, recipe):.1%} of the images it was fitted on"
-        )
+        echo(f"Head fitted on frozen features: {fit_head(model, train, recipe):.1%} of the images it was fitted on")
     if ema is not None:
         ema.load_state_dict(model.state_dict())
 
 
-def fit_head(model: nn.Module, train: Split, recipe: Recipe, decay: float = 1e-4) -> float:
-    """Fit the head alone, by L-BFGS on the cached features of the frozen backbone: a linear probe.
-
-    Returns
-    -------
-    float
-        Accuracy on the images it was fitted on.
-    """
-    sample = train.subset(min(len(train), recipe.head_fit_images or len(train)))
-    transform, head = transforms.eval_transform(recipe), surgery.head(model)
-    with evaluating(model), torch.no_grad():
-        inputs = torch.cat(
-            [surgery.features(model, transform(images)).float() for images in sample.images.split(250)]
-        )
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=50, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(inputs, head.weight, head.bias), sample.labels)
-        loss = loss + decay * head.weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    head.zero_grad()
-    with torch.no_grad():
-        return (F.linear(inputs, head.weight, head.bias).argmax(1) == sample.labels).float().mean().item()
-
-
-def finish_epoch(
-    training: Training, splits: dict[str, Split], recipe: Recipe, accelerator: Accelerator, echo
-) -> None:
+def finish_epoch(training: Training, splits: dict[str, Split], recipe: Recipe, accelerator: Accelerator, echo) -> None:
     """Score what the recipe scores each epoch, remember the best weights, write the epoch's row."""
     start = time.perf_counter()
     sums = accelerator.reduce(training.sums.clone(), reduction="sum").tolist()
@@ -373,10 +304,7 @@ def finish_epoch(
         row["test_loss"], row["test_accuracy"] = _score(training.kept, splits["test"], recipe, accelerator)
     seconds = training.seconds + time.perf_counter() - start
     training.history.append({**row, "lr": lr, "seconds": seconds, "train_only_seconds": training.seconds})
-    if (
-        recipe.select == "best"
-        and row["val_accuracy"] > (training.best or {"val_accuracy": -1})["val_accuracy"]
-    ):
+    if recipe.select == "best" and row["val_accuracy"] > (training.best or {"val_accuracy": -1})["val_accuracy"]:
         weights = accelerator.unwrap_model(training.kept).state_dict()
         training.best = {
             "val_accuracy": row["val_accuracy"],
@@ -384,12 +312,8 @@ def finish_epoch(
         }
     training.epoch, training.step, training.seconds = training.epoch + 1, 0, 0.0
     training.sums.zero_()
-    shown = [
-        f"{name} {row[f'{key}_accuracy']:.2%}" for key, name in _SCORED.items() if f"{key}_accuracy" in row
-    ]
-    echo(
-        f"Epoch {row['epoch']}/{recipe.epochs}: loss {row['train_loss']:.4f}, {', '.join(shown)}, {seconds:.0f} s"
-    )
+    shown = [f"{name} {row[f'{key}_accuracy']:.2%}" for key, name in _SCORED.items() if f"{key}_accuracy" in row]
+    echo(f"Epoch {row['epoch']}/{recipe.epochs}: loss {row['train_loss']:.4f}, {', '.join(shown)}, {seconds:.0f} s")
 
 
 _SCORED = {"train": "train", "val": "validation", "test": "test"}
@@ -408,7 +332,18 @@ def finish_run(
         return None
     labels = splits["test"].labels.cpu()
     info = accelerator.unwrap_model(training.model).weights_info
-    write_run(directory, recipe, info, training, len(splits["train"]), logits, labels, mirrored, model)
+    write_run(
+        directory,
+        recipe,
+        model,
+        info,
+        history=training.history,
+        val_accuracy=(training.best or training.history[-1]).get("val_accuracy"),
+        train_images=len(splits["train"]),
+        logits=logits,
+        labels=labels,
+        mirrored=mirrored,
+    )
     run = load_run(directory.path)
     echo(
         f"Test accuracy {accuracy_text(run.correct, len(labels))} on {len(labels):,} images; "
@@ -417,74 +352,10 @@ def finish_run(
     return run
 
 
-def write_run(directory, recipe, info, training, train_images, logits, labels, mirrored, model) -> None:
-    """Write history, logits, weights and, last of all, the final figures, which mark the run as complete."""
-    path, n = directory.path, len(labels)
-    write_atomic(path / "history.csv", _csv(training.history))
-    buffer = io.BytesIO()
-    np.savez(buffer, logits=logits.numpy(), labels=labels.numpy())
-    write_atomic(path / "test_logits.npz", buffer.getvalue())
-    weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    write_atomic(
-        path / "model.safetensors", to_safetensors(weights, {"format": "pt", "backbone": info["backbone"]})
-    )
-    correct = int((logits.argmax(1) == labels).sum())
-    training_seconds = sum(row["train_only_seconds"] for row in training.history)
-    metrics = {
-        "recipe": recipe.name,
-        "backbone": info["backbone"],
-        "weights": info["weights"],
-        "epochs": recipe.epochs,
-        "seed": recipe.seed,
-        "train_images": train_images,
-        "val_accuracy": training.best["val_accuracy"]
-        if training.best
-        else training.history[-1].get("val_accuracy"),
-        "test_images": n,
-        "test_accuracy": correct / n,
-        "test_accuracy_ci95": list(wilson_interval(correct, n)),
-        "test_loss": F.cross_entropy(logits, labels).item(),
-        "test_accuracy_flip_tta": None
-        if mirrored is None
-        else (mirrored.argmax(1) == labels).float().mean().item(),
-        "train_seconds": sum(row["seconds"] for row in training.history),
-        "images_per_second": train_images * recipe.epochs / training_seconds,
-        "peak_memory_mb": _peak_memory_mb(),
-        "hardware": hardware(),
-        "versions": _versions(),
-    }
-    directory.write_json("metrics.json", metrics)
-
-
-def new_run_dir(recipe: Recipe) -> Path:
-    """A folder that does not exist yet, named by recipe and time, under `results.runs_root()`."""
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    names = (f"{recipe.name}-{stamp}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
-    return next(path for path in (runs_root() / name for name in names) if not path.exists())
-
-
-def _config(
-    recipe: Recipe, data: Cifar10, splits: dict[str, Split], model: nn.Module, precision: str
-) -> dict:
-    sizes = {name: len(split) for name, split in splits.items()}
-    return {
-        "recipe": recipe.to_dict(),
-        "weights": model.weights_info,
-        "data": {"source": data.source, "digest": data.digest, **sizes},
-        "precision": precision,
-        "versions": _versions(),
-        "hardware": hardware(),
-    }
-
-
-def _logits(
-    model: nn.Module, split: Split, recipe: Recipe, accelerator: Accelerator, flip_tta: bool = False
-) -> Tensor:
+def _logits(model: nn.Module, split: Split, recipe: Recipe, accelerator: Accelerator, flip_tta: bool = False) -> Tensor:
     """Logits [N, 10] of every image once, on every process; each process scores its share."""
     rank, world = accelerator.process_index, accelerator.num_processes
-    share = (
-        split.take(torch.arange(rank, len(split), world, device=split.labels.device)) if world > 1 else split
-    )
+    share = split.take(torch.arange(rank, len(split), world, device=split.labels.device)) if world > 1 else split
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     options = {"device": accelerator.device, "precision": precision, "flip_tta": flip_tta}
     own = predict_logits(model, share, transforms.eval_transform(recipe), batch_size=250, **options)
@@ -521,36 +392,7 @@ def _progress(loader, label: str, accelerator: Accelerator) -> tqdm:
     """A bar for people: on a terminal or in a notebook, not in a log file."""
     watched = sys.stdout.isatty() or "ipykernel" in sys.modules
     hidden = not (watched and accelerator.is_main_process)
-    return tqdm(
-        loader, label, leave=False, disable=hidden, file=sys.stdout, mininterval=2, ncols=80, unit="step"
-    )
-
-
-def _csv(rows: list[dict]) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, HISTORY, restval="", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def _peak_memory_mb() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "torchvision", "timm", "accelerate", "numpy")
-    own = {"cifar_ft": cifar_ft.__version__, "python": platform.python_version()}
-    return own | {name: version(name) for name in packages}
+    return tqdm(loader, label, leave=False, disable=hidden, file=sys.stdout, mininterval=2, ncols=80, unit="step")
 
 
 def _silent(*_) -> None:

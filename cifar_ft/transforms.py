@@ -40,9 +40,7 @@ def random_crop(images: Tensor, offsets: Tensor, padding: int = 4) -> Tensor:
     """
     batch, _, height, width = images.shape
     padded = F.pad(images, (padding,) * 4)
-    windows = padded.unfold(2, height, 1).unfold(
-        3, width, 1
-    )  # [B, C, rows, columns, H, W]: a view, nothing is copied
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [B, C, rows, columns, H, W]: a view, nothing is copied
     return windows[torch.arange(batch, device=images.device), :, offsets[:, 0], offsets[:, 1]]
 
 

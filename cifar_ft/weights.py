@@ -151,9 +151,7 @@ def _torchvision_file(backbone: str, fetch: bool, echo: Echo) -> tuple[Path, str
 
     entry = get_model_weights(backbone).IMAGENET1K_V1
     path = Path(torch.hub.get_dir(), "checkpoints", entry.url.rsplit("/", 1)[1])
-    start = re.search("-([0-9a-f]{8,})[.]", path.name)[
-        1
-    ]  # torch hub's rule: a name ends with its SHA-256's beginning
+    start = re.search("-([0-9a-f]{8,})[.]", path.name)[1]  # torch hub's rule: a name ends with its SHA-256's beginning
     source = f"torchvision {entry}"
     if not fetch:
         return _verified(path, start, source, echo)
@@ -173,8 +171,7 @@ def _hub_file(backbone: str, fetch: bool, echo: Echo) -> tuple[Path, str, str] |
 
     def kept(echo: Echo | None = None) -> tuple[Path, str, str] | None:
         files = (
-            _verified(path, path.stem[-16:], source, echo)
-            for path in sorted(folder.glob(f"{name}-*.safetensors"))
+            _verified(path, path.stem[-16:], source, echo) for path in sorted(folder.glob(f"{name}-*.safetensors"))
         )
         return next(filter(None, files), None)
 
@@ -184,9 +181,7 @@ def _hub_file(backbone: str, fetch: bool, echo: Echo) -> tuple[Path, str, str] |
         if found := kept():
             return found
         try:
-            path = download(
-                hub_url(f"timm/{name}", "model.safetensors"), folder / f"{name}.safetensors", label=name
-            )
+            path = download(hub_url(f"timm/{name}", "model.safetensors"), folder / f"{name}.safetensors", label=name)
         except SourceError as error:
             raise SourceError(f"hub: {error}") from error
         sha256 = file_digest(path)
@@ -282,8 +277,7 @@ def read_weights_file(path: str | Path) -> dict[str, Tensor]:
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise SourceError(
-                f"weights {shown!r}: {key!r} is {type(value).__name__} instead of a tensor; "
-                "save model.state_dict()"
+                f"weights {shown!r}: {key!r} is {type(value).__name__} instead of a tensor; save model.state_dict()"
             )
     return {key.removeprefix("module."): value for key, value in state.items()}
 
@@ -305,6 +299,4 @@ def _load(path: Path, shown: str) -> object:
                 "safetensors.torch.save_file(model.state_dict(), path)"
             ) from error
         first = (str(error) or type(error).__name__).splitlines()[0][:160]
-        raise SourceError(
-            f"weights {shown!r}: damaged or incomplete ({first}); fetch or copy it again"
-        ) from error
+        raise SourceError(f"weights {shown!r}: damaged or incomplete ({first}); fetch or copy it again") from error

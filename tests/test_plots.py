@@ -263,9 +263,7 @@ def test_the_predicted_picture_is_titled_and_ranked():
     assert "predicted truck, true label truck ✓" in found
     assert found.index("truck") < found.index("automobile")
     assert "70.0 %" in found
-    assert "predicted truck, true label ship ✗" in texts(
-        plots.prediction_figure(PICTURES[0], probabilities, NAMES, 8)
-    )
+    assert "predicted truck, true label ship ✗" in texts(plots.prediction_figure(PICTURES[0], probabilities, NAMES, 8))
     assert "predicted truck" in texts(plots.prediction_figure(PICTURES[0], probabilities, NAMES))
 
 
@@ -274,9 +272,7 @@ def drawn_lines(fig):
 
 
 def test_curves_draw_what_is_there_and_nothing_else():
-    lines = drawn_lines(
-        plots.accuracy_curves({"quick": HISTORY}, published=HISTORY.drop(columns="val_accuracy"))
-    )
+    lines = drawn_lines(plots.accuracy_curves({"quick": HISTORY}, published=HISTORY.drop(columns="val_accuracy")))
     assert set(lines) == {"published, train", "quick, train", "quick, validation"}  # test is all NaN
     assert lines["quick, train"].get_ydata().tolist() == pytest.approx([50, 60, 70, 80, 90])  # per cent
     assert lines["quick, train"].get_linestyle() == "-"
@@ -292,9 +288,7 @@ def test_a_single_epoch_is_drawn_as_a_point_at_a_whole_epoch():
     assert all(float(tick).is_integer() for tick in fig.axes[0].get_xticks())
 
 
-@pytest.mark.parametrize(
-    "history", [HISTORY[:0], HISTORY[["epoch"]], HISTORY.assign(train_loss="", val_loss=None)]
-)
+@pytest.mark.parametrize("history", [HISTORY[:0], HISTORY[["epoch"]], HISTORY.assign(train_loss="", val_loss=None)])
 def test_a_history_without_values_says_so(history):
     assert "no epochs recorded" in texts(plots.loss_curves({"quick": history}))
 

