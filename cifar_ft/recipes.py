@@ -27,7 +27,7 @@ CHOICES = {
     "last_stage": (None, 1, 2, 3),
     "normalization": ("imagenet", "cifar10", "cifar10_published"),
     "head_init": ("small", "default"),
-    "freeze": ("none", "stem", *(f"stage{i}" for i in range(1, 8)), "backbone"),
+    "freeze": ("none", "stem", "early", *(f"stage{i}" for i in range(1, 8)), "backbone"),
     "schedule": ("constant", "cosine", "one_cycle"),
     "select": ("best", "last"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
@@ -54,7 +54,7 @@ class Recipe:
     max_pool: bool = True  # keep the ResNet's max-pool behind the stem
     last_stage: int | None = None  # cut a ResNet behind this stage
     head_init: str = "small"  # small: weights of deviation 0.01 and no bias; default: PyTorch's, as published
-    freeze: str = "none"  # none | stem | stage1 ... | backbone: the part that keeps weights and statistics
+    freeze: str = "none"  # none | stem | early | stage1 ... | backbone: the part that keeps weights and statistics
     # the pictures
     image_size: int = 64  # of evaluation, and of training where train_sizes is empty
     train_sizes: tuple[int, ...] = ()  # one size an epoch: progressive resizing
@@ -155,14 +155,15 @@ RECIPES: dict[str, Recipe] = {
         _modern,
         _modern.replace(
             name="cpu", backbone="efficientnet_lite0", epochs=6, train_sizes=(64, 96, 96, 128, 128, 128), batch_size=64,
-            lr=0.01, head_fit_images=45_000,
+            lr=0.02,
         ),
         _modern.replace(
-            name="quick", backbone="auto", image_size=64, epochs=2, batch_size=64, lr=0.01, ema_decay=0.99,
+            name="quick", backbone="auto", freeze="early", epochs=2, image_size=112, train_sizes=(80, 112),
+            batch_size=64, lr=0.04, label_smoothing=0.05, ema_decay=0.995,
         ),
         _modern.replace(
-            name="speedrun", backbone="efficientnet_lite0", image_size=96, epochs=3, train_sizes=(64, 64, 96),
-            batch_size=64, lr=0.01, ema_decay=0.99, validation=False,
+            name="speedrun", backbone="efficientnet_lite0", freeze="early", epochs=3, train_sizes=(96, 112, 128),
+            batch_size=64, lr=0.04, label_smoothing=0.05, ema_decay=0.995, validation=False,
         ),
         Recipe(
             "smoke", backbone="auto", image_size=32, epochs=2, batch_size=64, lr=0.01, head_lr_factor=10, nesterov=True,

@@ -147,12 +147,15 @@ def freeze(model: nn.Module, upto: str = "backbone") -> nn.Module:
     Parameters
     ----------
     upto : str
-        "none", "stem", "stage1", ... or "backbone" (all but the head).
+        "none", "stem", "stage1", ..., "early" (all stages whose maps have an eighth of the image's width or more: they
+        take most of the time and change least) or "backbone" (all but the head).
     """
     parts = stages(model)
     names = [name for name in parts if name not in ("head", "top")]
-    if upto not in ("none", "backbone", *names):
-        raise SurgeryError(f"cannot freeze up to {upto!r}; this model has none, {', '.join(names)}, backbone")
+    if upto not in ("none", "early", "backbone", *names):
+        raise SurgeryError(f"cannot freeze up to {upto!r}; this model has none, {', '.join(names)}, early, backbone")
+    if upto == "early":
+        upto = names[min(2 if is_resnet(model) else 3, len(names) - 1)]
     last = {"none": -1, "backbone": len(parts) - 2}.get(upto)
     last = list(parts).index(upto) if last is None else last
     for position, part in enumerate(parts.values()):

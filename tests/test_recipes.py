@@ -50,7 +50,7 @@ def test_the_other_references_differ_from_it_in_one_field(name, key, value):
              "schedule": "one_cycle", "nesterov": True, "head_lr_factor": 10, "epochs": 10, "validation": True},
         ),
         ("cpu", {"backbone": "efficientnet_lite0", "image_size": 128, "stem": "pretrained", "validation": True}),
-        ("quick", {"backbone": "auto", "image_size": 64, "validation": True}),
+        ("quick", {"backbone": "auto", "image_size": 112, "freeze": "early", "validation": True}),
         ("speedrun", {"backbone": "efficientnet_lite0"}),
         ("smoke", {"backbone": "auto", "image_size": 32, "train_images": 512}),
     ],

@@ -539,3 +539,14 @@ def test_one_batch_can_be_overfitted(samples):
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.05
+
+
+@pytest.mark.parametrize(("backbone", "last"), [("resnet18", "stage2"), ("efficientnet_lite0", "stage3")])
+def test_early_freezes_the_stages_of_an_eighth_of_the_width_or_more(backbone, last):
+    model = surgery.freeze(surgery.create_backbone(backbone), "early")
+    table = surgery.summarize(model, 128)
+    table = table[table.part.str.startswith("st")]
+    width = table.output.str.split("x").str[-1].astype(int)
+    assert (table.trainable[width >= 128 // 8] == 0).all()
+    assert (table.trainable[width < 128 // 8] > 0).all()
+    assert table.part[width >= 128 // 8].iloc[-1] == last
