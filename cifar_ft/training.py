@@ -392,7 +392,7 @@ def _progress(loader, label: str, accelerator: Accelerator) -> tqdm:
     """A bar for people: on a terminal or in a notebook, not in a log file."""
     watched = sys.stdout.isatty() or "ipykernel" in sys.modules
     hidden = not (watched and accelerator.is_main_process)
-    return tqdm(loader, label, leave=False, disable=hidden, file=sys.stdout, mininterval=2, ncols=80, unit="step")
+    return tqdm(loader, label, leave=False, disable=hidden, file=sys.stdout, mininterval=5, ncols=80, unit="step")
 
 
 def _silent(*_) -> None:
