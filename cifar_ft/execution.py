@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -182,7 +183,7 @@ def _with_outputs(source: Any, executed: Any, name: str, private: dict[str, str]
     for count, (cell, done) in enumerate(zip(code(source), ran, strict=True), 1):
         kept = [output for output in done.outputs if output.get("name") != "stderr"]
         text: list[str] = []
-        cell.outputs = [from_dict(_neutral(output, private, text)) for output in kept]
+        cell.outputs = [from_dict(_neutral(output, private, text)) for output in _last_state(kept)]
         cell.execution_count = count
         for output in cell.outputs:
             if output.output_type == "error":
@@ -197,6 +198,22 @@ def _with_outputs(source: Any, executed: Any, name: str, private: dict[str, str]
     drop_widgets(source)
     source.metadata["kernelspec"] = dict(KERNELSPEC)
     return strip_output(source, keep_output=True, keep_count=True, keep_id=True, extra_keys=EXTRA_KEYS)
+
+
+def _last_state(outputs: list) -> list:
+    """Merge printed text and keep of each line what a carriage return left of it: progress bars vanish."""
+    merged: list = []
+    for output in outputs:
+        if output.output_type != "stream":
+            merged.append(output)
+        elif merged and merged[-1].output_type == "stream":
+            merged[-1].text += output.text
+        else:
+            merged.append(copy.deepcopy(output))
+    for output in merged:
+        if output.output_type == "stream":
+            output.text = "\n".join(line.rsplit("\r", 1)[-1] for line in output.text.split("\n"))
+    return merged
 
 
 def _neutral(value: Any, private: dict[str, str], text: list[str]) -> Any:

@@ -501,3 +501,11 @@ def test_setup_cell_fits_a_cell():
     lines = badges.setup_cell(badges.read_address()).split("\n")
     assert len(lines) <= 15
     assert max(map(len, lines)) <= 110
+
+
+def test_publish_keeps_of_a_progress_bar_only_what_a_reader_saw_last():
+    from cifar_ft.execution import _last_state
+
+    bar = nbformat.v4.new_output("stream", name="stdout", text="\r 10%|#   | 1/9\r 99%|### | 8/9")
+    rest = nbformat.v4.new_output("stream", name="stdout", text="\r        \rEpoch 1: done\nnext\n")
+    assert [output.text for output in _last_state([bar, rest])] == ["Epoch 1: done\nnext\n"]
