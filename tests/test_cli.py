@@ -80,7 +80,7 @@ def test_check_fails_and_says_what_to_do_without_data_and_network(tmp_path):
     done = run("check", env=offline)
     assert done.returncode == 1
     assert "[FAIL] CIFAR-10" in done.stdout
-    assert "by hand" in done.stdout
+    assert "By hand" in done.stdout
 
 
 @pytest.mark.data

@@ -326,7 +326,7 @@ def test_crop_keeps_the_middle_and_pad_keeps_all():
         assert padded[0, 15, [0, 9, 12, 19, 22, 31]].tolist() == [100, 100, 200, 200, 50, 50]
         assert padded[:, 10:21].min() == 50  # 32 / 3 rows, in the middle
         assert padded[:, :10].max() == padded[:, 21:].max() == 0
-    with pytest.raises(PredictionError, match="'stretch'; choose crop or pad"):
+    with pytest.raises(ImageError, match="'stretch'; choose crop or pad"):
         square(wide, "stretch")
 
 
