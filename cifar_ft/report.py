@@ -6,6 +6,7 @@ and a test compares them with `results/`.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -106,5 +107,8 @@ def record(out: str | Path, root: str | Path | None = None) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("config.json", "history.csv", "metrics.json", "test_logits.npz"):
             shutil.copyfile(run_dir / name, folder / name)
+    course = json.loads((Path(out) / "course.json").read_text("utf-8"))
+    seconds = {key: course[key] for key in ("seconds", "total_seconds")}
+    (root / "results" / run.recipe.name / "course.json").write_text(json.dumps(seconds, indent=2) + "\n", "utf-8")
     export_shipped(run_dir)
     return write_report(root)

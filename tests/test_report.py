@@ -81,3 +81,19 @@ def test_no_recorded_file_names_a_place_on_a_machine():
     for path in (ROOT / "results").rglob("*.json"):
         text = json.dumps(json.loads(path.read_text("utf-8")))
         assert not re.search(r"/(root|home|work|tmp|Users)/", text), path
+
+
+def test_the_quick_start_states_the_recorded_accuracy_and_minutes():
+    quick = results.load_run(ROOT / "results" / "quick")
+    course = json.loads((ROOT / "results" / "quick" / "course.json").read_text("utf-8"))
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert results.accuracy_text(quick.correct, len(quick.labels)) in readme
+    assert f"about {course['total_seconds'] / 60:.0f} minutes for the six notebooks" in readme
+    assert f"{quick.metrics['train_seconds'] / 60:.0f} of them training" in readme
+
+
+def test_the_notebooks_show_the_recorded_run():
+    quick = results.load_run(ROOT / "results" / "quick")
+    said = "test accuracy: " + results.accuracy_text(quick.correct, len(quick.labels))
+    for name in ("04_training", "05_results"):
+        assert said in (ROOT / "notebooks" / f"{name}.ipynb").read_text("utf-8")
