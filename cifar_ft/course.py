@@ -74,7 +74,7 @@ class CourseResult:
         rows = [*self.rows, ("total", sum(seconds for _, seconds in self.rows))]
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {seconds:8.1f} s" for name, seconds in rows]
-        facts = {"executed notebooks": show_path(self.path)}
+        facts = {"executed notebooks": f"{show_path(self.path)} (.ipynb and .html)"}
         if self.metrics:
             weights, data = (self.config or {}).get("weights", {}), (self.config or {}).get("data", {})
             accuracy, *interval = (
