@@ -198,7 +198,7 @@ def fit(recipe: Recipe, data: Cifar10, run_dir: str | Path | None = None, *, res
         When the pretrained weights cannot be had or do not fit.
     """
     keep_memory()
-    state = PartialState()
+    state = PartialState(cpu=_cpu_only())
     echo = echo if state.is_main_process else _silent
     run_dir = Path(run_dir or new_run_dir(recipe))
     directory = RunDirectory(run_dir, echo) if state.is_main_process else None
@@ -254,7 +254,7 @@ def _fit(recipe: Recipe, data: Cifar10, directory: RunDirectory | None, resume: 
 
 def make_accelerator(recipe: Recipe, model: nn.Module, directory: RunDirectory | None, echo) -> tuple[str, Accelerator]:
     """The precision to train in and the Accelerator that does it; a resumed run keeps the precision it started with."""
-    state = PartialState()
+    state = PartialState(cpu=_cpu_only())
     precision = recipe.precision
     if state.is_main_process:
         stored = directory.config().get("precision") if directory else None
@@ -266,7 +266,7 @@ def make_accelerator(recipe: Recipe, model: nn.Module, directory: RunDirectory |
     if precision == "fp16" and state.device.type != "cuda":
         raise TrainingError("precision=fp16 needs an NVIDIA GPU; use bf16, fp32 or auto here")
     AcceleratorState._reset_state()  # it would else insist on the precision of an earlier run in this process
-    return precision, Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    return precision, Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=_cpu_only())
 
 
 def prepare(recipe: Recipe, model: nn.Module, accelerator: Accelerator) -> Training:
@@ -393,6 +393,11 @@ def _progress(loader, label: str, accelerator: Accelerator) -> tqdm:
     watched = sys.stdout.isatty() or "ipykernel" in sys.modules
     hidden = not (watched and accelerator.is_main_process)
     return tqdm(loader, label, leave=False, disable=hidden, file=sys.stdout, mininterval=5, ncols=80, unit="step")
+
+
+def _cpu_only() -> bool:
+    """Whether there is no accelerator; Accelerate starts several processes on CPUs only when it is told so."""
+    return not (torch.cuda.is_available() or torch.backends.mps.is_available())
 
 
 def _silent(*_) -> None:

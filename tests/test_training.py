@@ -724,3 +724,19 @@ def test_a_damaged_config_is_a_clear_error(whole, small_data, tmp_path):
     (path / "config.json").write_text((whole / "config.json").read_text()[:100])
     with pytest.raises(TrainingError, match=r"config.json is damaged .*start anew in another folder"):
         fit(recipe(), small_data, path, resume=True, echo=quiet)
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_two_processes_with_frozen_batchnorm_train_as_one(tmp_path):
+    settings = ["backbone=resnet18", "freeze=backbone", "train_images=250", "val_images=101", "test_images=103"]
+    arguments = ["-m", "cifar_ft", "train", "--recipe", "smoke", "--weights", "none"]
+    arguments += [word for setting in settings for word in ("--set", setting)]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, command in (("one", arguments), ("two", [*launch, *arguments])):
+        done = subprocess.run([sys.executable, *command, "--out", str(tmp_path / name)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = load_run(tmp_path / "one"), load_run(tmp_path / "two")
+    assert len(two.labels) == 103  # an odd number: each image counts once
+    np.testing.assert_allclose(two.history.train_loss, one.history.train_loss, rtol=1e-4)
+    np.testing.assert_allclose(two.logits, one.logits, atol=1e-3)
