@@ -71,21 +71,26 @@ def _root(root: str | Path | None) -> Path:
 
 def notebook_badges(address: Address, name: str) -> str:
     """Return the badge line of one notebook, `name` with its suffix."""
-    colab = f"https://colab.research.google.com/github/{address.slug}/blob/{address.ref}/notebooks/{name}"
-    return f"[![Open in Colab]({COLAB_IMAGE})]({colab}) {_binder(address, f'lab%2Ftree%2Fnotebooks%2F{name}')}"
+    return f"{_colab(address, name)} {_binder(address, f'lab%2Ftree%2Fnotebooks%2F{name}')}"
 
 
 def readme_badges(address: Address) -> str:
-    """Return the README's block of badges with its markers: tests, Binder, licence."""
+    """Return the README's block of badges with its markers: tests, Colab, Binder, licence."""
     tests = f"{address.repository}/actions/workflows/tests.yml"
     lines = [
         START,
         f"[![Tests]({tests}/badge.svg?branch={address.ref})]({tests})",
+        _colab(address, "01_data_exploration.ipynb"),
         _binder(address, "lab%2Ftree%2Fnotebooks%2F06_predictions.ipynb"),
         f"[![Licence: Apache 2.0](https://img.shields.io/badge/licence-Apache%202.0-blue.svg)]({address.repository}/blob/{address.ref}/LICENSE)",
         END,
     ]
     return "\n".join(lines)
+
+
+def _colab(address: Address, name: str) -> str:
+    target = f"https://colab.research.google.com/github/{address.slug}/blob/{address.ref}/notebooks/{name}"
+    return f"[![Open in Colab]({COLAB_IMAGE})]({target})"
 
 
 def _binder(address: Address, urlpath: str) -> str:
