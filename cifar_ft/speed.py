@@ -22,8 +22,8 @@ class _Depthwise(torch.autograd.Function):
     """A depthwise convolution whose gradients avoid two slow paths of the CPU library.
 
     The weight gradient of a large kernel or a tiny map is computed as a forward convolution, with batch and channels as
-    the channels and the output gradient as the kernel: 3 to 10 times faster. The input gradient of a strided bfloat16
-    convolution is computed in float32, up to 30 times faster.
+    the channels and the output gradient as the kernel. The input gradient of a strided bfloat16
+    convolution is computed in float32.
     """
 
     @staticmethod
@@ -101,7 +101,7 @@ def speed_up(model: nn.Module) -> nn.Module:
 
 def keep_memory() -> None:
     """Ask glibc to keep freed memory. Training frees and asks for the same large blocks at each step, and each block
-    that goes back to the kernel is cleared page by page when it is used again (up to a third of a step at 128 px)."""
+    that goes back to the kernel is cleared page by page when it is used again."""
     if not sys.platform.startswith("linux"):
         return
     try:

@@ -147,8 +147,8 @@ def freeze(model: nn.Module, upto: str = "backbone") -> nn.Module:
     Parameters
     ----------
     upto : str
-        "none", "stem", "stage1", ..., "early" (all stages whose maps have an eighth of the image's width or more: they
-        take most of the time and change least) or "backbone" (all but the head).
+        "none", "stem", "stage1", ..., "early" (all stages whose maps have an eighth of the image's width or more,
+        which take much of the time) or "backbone" (all but the head).
     """
     parts = stages(model)
     names = [name for name in parts if name not in ("head", "top")]
