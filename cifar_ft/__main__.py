@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from cifar_ft import CifarFtError, __version__
-from cifar_ft.recipes import RecipeError, get_recipe
+from cifar_ft.recipes import RecipeError, get_recipe, parse_overrides
 
 app = typer.Typer(
     help="Fine-tune an ImageNet-pretrained network on CIFAR-10.",
@@ -62,22 +62,30 @@ def data(root: Root = None, source: Source = Source.auto) -> None:
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Option(help="Name of the recipe.")] = "quick",
+    recipe: Annotated[str | None, typer.Option(help="Name of the recipe.  [default: quick]")] = None,
     overrides: Overrides = (),
     out: Out = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint of --out; its recipe is the default.")
+    ] = False,
     weights: Annotated[str | None, typer.Option(help="A weights file, or none for random weights.")] = None,
     root: Root = None,
 ) -> None:
     """Train a recipe and leave a run folder."""
     settings = list(overrides) + ([f"weights={weights}"] if weights else [])
-    checked = get_recipe(recipe, settings)
     if resume and out is None:
         raise typer.BadParameter("--resume needs --out, the folder of the run to go on with")
+    begun = out / "config.json" if resume and recipe is None and (out / "config.json").exists() else None
+    checked = None if begun else get_recipe(recipe or "quick", settings)
     from cifar_ft.data import load_cifar10
+    from cifar_ft.processes import start_processes
+    from cifar_ft.records import stored_recipe
     from cifar_ft.training import fit
 
-    fit(checked, load_cifar10(root, echo=typer.echo), out, resume=resume, echo=typer.echo)
+    if begun:
+        checked = stored_recipe(out).replace(**parse_overrides(settings))
+    echo = typer.echo if start_processes().is_main_process else (lambda _: None)
+    fit(checked, load_cifar10(root, echo=echo), out, resume=resume, echo=echo)
 
 
 @app.command()

@@ -91,7 +91,7 @@ class RunDirectory:
         Raises
         ------
         TrainingError
-            When the folder holds a run and `resume` is off, or holds a run of another recipe, data or weights.
+            When the folder holds a run and `resume` is off, or holds a run of another recipe, data, weights or code.
         """
         stored = self.config()
         if not stored:
@@ -105,7 +105,7 @@ class RunDirectory:
         self.check(config)
 
     def check(self, config: dict) -> None:
-        """Refuse to go on with a run that is another one by recipe, data or weights, as far as `config` names them.
+        """Refuse to go on with a run that is another one by recipe, data, weights or code, if `config` names them.
 
         Raises
         ------
@@ -120,7 +120,10 @@ class RunDirectory:
             if key in config[part] and stored.get(part, {}).get(key) != config[part].get(key)
         ]
         if changes:
-            raise TrainingError(f"cannot resume {show_path(self.path)}: it is another run ({'; '.join(changes)})")
+            raise TrainingError(
+                f"cannot resume {show_path(self.path)}: it is another run ({'; '.join(changes)}). "
+                "Go on with what it was begun with, or start anew in another folder"
+            )
 
     def write_json(self, name: str, value: dict) -> None:
         """Write one JSON file of the run."""
@@ -161,6 +164,12 @@ def _digest(data: bytes) -> str:
 
 
 def _must_agree(config: dict) -> dict[str, list[str]]:
-    recipe = [key for key in config["recipe"] if key not in ("name", "checkpoint_steps", "flip_tta")]
-    parts = {"recipe": recipe, "data": ["digest", "train", "val", "test"], "weights": ["backbone", "sha256"]}
+    recipe = [key for key in config["recipe"] if key not in ("name", "checkpoint_steps", "accumulation", "flip_tta")]
+    parts = {
+        "recipe": recipe,
+        "data": ["digest", "train", "val", "test"],
+        "weights": ["backbone", "sha256"],
+        "code": list(config.get("code", ())),
+        "versions": ["cifar_ft", "torch", "timm"],
+    }
     return {part: keys for part, keys in parts.items() if part in config}

@@ -61,7 +61,7 @@ class Split(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """A whole batch at once: what makes the loader as fast as one gather."""
-        indices = torch.as_tensor(indices, device=self.images.device)
+        indices = to_device(torch.as_tensor(indices), self.images.device)
         return self.images[indices], self.labels[indices]
 
     def take(self, indices: Tensor, name: str | None = None) -> Split:
@@ -159,12 +159,13 @@ def load_samples() -> Split:
     return Split(_channels_first(images), _int64(labels), "samples", _int64(indices))
 
 
-class EpochBatches(Sampler[list[int]]):
+class EpochBatches(Sampler[Tensor]):
     """Batches of positions for one epoch, shuffled by (seed, epoch) alone and dealt out to the processes.
 
     The order depends on no earlier epoch and on no number of processes, so that a resumed or a distributed run sees the
     global batches of the plain one. Process `rank` of `world` takes every `world`-th element of each global batch. When
-    training, a single image left over joins the batch before it: BatchNorm cannot be trained on one image.
+    training, a single image left over joins the batch before it: BatchNorm cannot be trained on one image. For the same
+    reason a share of fewer than two images is filled up with others of its batch, behind those that count.
 
     Attributes
     ----------
@@ -182,14 +183,8 @@ class EpochBatches(Sampler[list[int]]):
         rank: int = 0,
         world: int = 1,
     ):
-        self.n, self.shuffle, self.seed, self.epoch, self.rank, self.world = (
-            n,
-            shuffle,
-            seed,
-            epoch,
-            rank,
-            world,
-        )
+        self.n, self.shuffle, self.seed, self.epoch = n, shuffle, seed, epoch
+        self.rank, self.world = rank, world
         self.sizes = [min(batch_size, n - start) for start in range(0, n, batch_size)]
         if shuffle and len(self.sizes) > 1 and self.sizes[-1] == 1:
             self.sizes[-2:] = [self.sizes[-2] + 1]
@@ -197,12 +192,32 @@ class EpochBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        order = torch.arange(self.n)
-        if self.shuffle:
-            order = torch.randperm(self.n, generator=torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch)))
-        for batch in order.split(self.sizes):
-            yield batch[self.rank :: self.world]
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in self.order().split(self.sizes):
+            yield batch[self.share(len(batch))]
+
+    def order(self) -> Tensor:
+        """Positions [n] in the order of this epoch."""
+        if not self.shuffle:
+            return torch.arange(self.n)
+        return torch.randperm(self.n, generator=torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch)))
+
+    def share(self, size: int) -> Tensor:
+        """Places in a global batch of `size` images that this process takes; those behind `counted(size)` only fill."""
+        own = torch.arange(size)[self.rank :: self.world]
+        if not self.shuffle or self.world == 1 or len(own) >= 2:
+            return own
+        others = torch.arange(size)
+        return torch.cat([own, others[others % self.world != self.rank][: 2 - len(own)]])
+
+    def counted(self, size: int) -> int:
+        """Images of a global batch of `size` that count for this process."""
+        return len(range(size)[self.rank :: self.world])
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A small tensor on the device; a GPU is not waited for."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def epoch_seed(seed: int, epoch: int, step: int = 0) -> int:

@@ -38,7 +38,7 @@ RANGES = {
     "batch_size": (2, 50_000), "lr": (1e-8, 100.0), "head_lr_factor": (1e-4, 1e4), "momentum": (0.0, 0.9999),
     "weight_decay": (0.0, 10.0), "warmup": (0.0, 0.9), "label_smoothing": (0.0, 0.9), "ema_decay": (0.0, 0.99999),
     "train_images": (10, 50_000), "val_images": (10, 5_000), "test_images": (10, 10_000),
-    "checkpoint_steps": (0, 10_000_000), "seed": (0, 2**31 - 1),
+    "accumulation": (1, 1024), "checkpoint_steps": (0, 10_000_000), "seed": (0, 2**31 - 1),
 }  # fmt: skip
 
 
@@ -55,6 +55,7 @@ class Recipe:
     last_stage: int | None = None  # cut a ResNet behind this stage
     head_init: str = "small"  # small: weights of deviation 0.01 and no bias; default: PyTorch's, as published
     freeze: str = "none"  # none | stem | early | stage1 ... | backbone: the part that keeps weights and statistics
+    freeze_batchnorm: bool = False  # all BatchNorm layers keep their statistics, also where weights are trained
     # the pictures
     image_size: int = 64  # of evaluation, and of training where train_sizes is empty
     train_sizes: tuple[int, ...] = ()  # one size an epoch: progressive resizing
@@ -68,6 +69,7 @@ class Recipe:
     # the training
     epochs: int = 2
     batch_size: int = 64  # global: the sum over all processes
+    accumulation: int = 1  # pieces that a process cuts its batch into, to save memory; the step stays the same
     head_fit_images: int = 0  # linear probe first: the new head is fitted on the features of this many images
     lr: float = 0.01  # of the backbone; the peak of a one_cycle schedule
     head_lr_factor: float = 1.0  # the head's lr as a multiple of the backbone's
@@ -82,6 +84,7 @@ class Recipe:
     track_test: bool = False  # log the test set each epoch, to redraw published curves; never selects on it
     flip_tta: bool = False  # also report the test accuracy averaged over each image and its mirror image
     precision: str = "auto"
+    compile: bool = False  # compile the model with torch.compile before training
     checkpoint_steps: int = 0  # also checkpoint every N steps; 0: at the end of each epoch
     seed: int = 0
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import datetime
+import hashlib
 import io
+import json
 import platform
 import sys
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,11 +21,13 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 import cifar_ft
-from cifar_ft.checkpoints import RunDirectory, write_atomic
+from cifar_ft.checkpoints import RunDirectory, TrainingError, write_atomic
 from cifar_ft.data import Cifar10, Split
 from cifar_ft.recipes import Recipe
 from cifar_ft.results import runs_root, wilson_interval
+from cifar_ft.sources import show_path
 from cifar_ft.speed import hardware
+from cifar_ft.tuning import Plan
 
 HISTORY = (
     "epoch",
@@ -29,6 +35,8 @@ HISTORY = (
     "lr",
     "seconds",
 )
+# The modules whose code decides the weights that a run ends with.
+DECISIVE = ("backbones", "convolutions", "data", "optimization", "probe", "steps", "surgery", "training", "transforms")
 
 
 def new_run_dir(recipe: Recipe) -> Path:
@@ -38,14 +46,31 @@ def new_run_dir(recipe: Recipe) -> Path:
     return next(path for path in (runs_root() / name for name in names) if not path.exists())
 
 
-def describe_run(recipe: Recipe, data: Cifar10, splits: dict[str, Split], model: nn.Module, precision: str) -> dict:
+def stored_recipe(run_dir: Path) -> Recipe:
+    """The recipe that a run was begun with.
+
+    Raises
+    ------
+    TrainingError
+        When config.json is damaged or from another version of the recipes.
+    """
+    file = Path(run_dir) / "config.json"
+    try:
+        return Recipe.from_dict(json.loads(file.read_text(encoding="utf-8"))["recipe"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise TrainingError(f"{show_path(file)} cannot be read ({error}); start anew in another folder") from error
+
+
+def describe_run(recipe: Recipe, data: Cifar10, splits: dict[str, Split], model: nn.Module, plan: Plan) -> dict:
     """The run's `config.json`: all that decides it, with digests, and what it runs on."""
     sizes = {name: len(split) for name, split in splits.items()}
     return {
         "recipe": recipe.to_dict(),
         "weights": model.weights_info,
         "data": {"source": data.source, "digest": data.digest, **sizes},
-        "precision": precision,
+        "precision": plan.precision,
+        "plan": asdict(plan),
+        "code": code_digests(),
         "versions": _versions(),
         "hardware": hardware(),
     }
@@ -104,6 +129,20 @@ def write_run(
         "versions": _versions(),
     }
     directory.write_json("metrics.json", metrics)
+
+
+def code_digests() -> dict[str, str]:
+    """A digest of the code of each module that decides the numbers; comments and docstrings do not count."""
+    digests = {}
+    for name in DECISIVE:
+        tree = ast.parse(Path(cifar_ft.__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            first = body[0] if isinstance(body, list) and body else None
+            if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
+                first.value.value = ""
+        digests[name] = hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
+    return digests
 
 
 def _csv(rows: list[dict]) -> bytes:

@@ -248,10 +248,9 @@ def load_run(path: str | os.PathLike) -> Run:
         raise RunError(f"{show_path(path)} is no run directory: it has no config.json")
     config = _read(path / "config.json", _json)
     if not (path / "metrics.json").exists():
-        name = config["recipe"].get("name", "NAME")
         raise RunError(
             f"the run in {show_path(path)} has not finished (no metrics.json); resume it with "
-            f"`python -m cifar_ft train --recipe {name} --out {show_path(path)} --resume`"
+            f"`python -m cifar_ft train --out {show_path(path)} --resume`"
         )
     history, metrics = _read(path / "history.csv", _history), _read(path / "metrics.json", _json)
     return Run(path, config, history, metrics, *_read(path / "test_logits.npz", _test_logits))

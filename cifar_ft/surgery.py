@@ -27,6 +27,7 @@ __all__ = [
     "features",
     "freeze",
     "head",
+    "is_frozen_batchnorm",
     "is_resnet",
     "load_state",
     "refresh_batchnorm",
@@ -119,7 +120,12 @@ class _Frozen:
 _FROZEN: dict[type, type] = {}
 
 
-def freeze(model: nn.Module, upto: str = "backbone") -> nn.Module:
+def is_frozen_batchnorm(layer: nn.Module) -> bool:
+    """Whether `freeze` has stopped the statistics of this BatchNorm layer."""
+    return isinstance(layer, _Frozen)
+
+
+def freeze(model: nn.Module, upto: str = "backbone", batchnorm: bool = False) -> nn.Module:
     """Freeze the model from its input up to and including a part; parts behind it become trainable. In place.
 
     A frozen part gets no gradients, and its BatchNorm layers normalise with their stored statistics, which no longer
@@ -130,6 +136,8 @@ def freeze(model: nn.Module, upto: str = "backbone") -> nn.Module:
     upto : str
         "none", "stem", "stage1", ..., "early" (all stages whose maps have an eighth of the image's width or more,
         which take much of the time) or "backbone" (all but the head).
+    batchnorm : bool
+        Stop the statistics of every BatchNorm layer, also of those whose weights are trained.
     """
     parts = stages(model)
     names = [name for name in parts if name not in ("head", "top")]
@@ -144,7 +152,7 @@ def freeze(model: nn.Module, upto: str = "backbone") -> nn.Module:
             module.requires_grad_(position > last)
             for layer in module.modules():
                 if isinstance(layer, _BatchNorm):
-                    _set_frozen(layer, position <= last, model.training)
+                    _set_frozen(layer, batchnorm or position <= last, model.training)
     return model
 
 
@@ -223,7 +231,7 @@ def build_model(recipe: Recipe, echo=print) -> nn.Module:
         model = cut(create_backbone(backbone), recipe.last_stage)
         report = load_state(model, weights.state_dict, backbone) if weights else None
         replace_head(replace_stem(model, recipe.stem, recipe.max_pool), init=recipe.head_init)
-    freeze(model, recipe.freeze)
+    freeze(model, recipe.freeze, recipe.freeze_batchnorm)
     model.weights_info = {
         "backbone": backbone,
         "weights": weights.name if weights else "none",

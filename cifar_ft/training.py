@@ -7,7 +7,7 @@ weights, and so that several processes see the same global batches, augmented al
 from __future__ import annotations
 
 import copy
-import math
+import shlex
 import sys
 import time
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
@@ -23,52 +23,27 @@ from tqdm import tqdm
 
 from cifar_ft import surgery, transforms
 from cifar_ft.checkpoints import RunDirectory, TrainingError
-from cifar_ft.data import Cifar10, Split, epoch_seed, make_loader
+from cifar_ft.convolutions import speed_up
+from cifar_ft.data import Cifar10, Split, epoch_seed, make_loader, to_device
+from cifar_ft.optimization import lr_factor, make_optimizer, move_average, set_lr
 from cifar_ft.probe import fit_head
+from cifar_ft.processes import (
+    StopRequest,
+    cpu_only,
+    gather_logits,
+    share_statistics,
+    start_processes,
+    synchronize_batchnorm,
+)
 from cifar_ft.recipes import Recipe
 from cifar_ft.records import describe_run, new_run_dir, write_run
-from cifar_ft.results import Run, accuracy_text, load_run, predict_logits
+from cifar_ft.results import Run, accuracy_text, load_run
 from cifar_ft.sources import data_root, show_path
-from cifar_ft.speed import choose_precision, keep_memory, speed_up
+from cifar_ft.speed import keep_memory
+from cifar_ft.steps import LossWatch, backward
+from cifar_ft.tuning import Plan, choose_plan
 
-EMA_EVERY = 4  # steps between updates of the moving average; its decay is taken to this power
-
-
-def lr_factor(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """The learning rate at a step, counted from 0, as a share of `recipe.lr`.
-
-    `constant` stays at 1. `cosine` falls from 1 towards 0, one stair an epoch. `one_cycle` rises linearly over the
-    warm-up and falls along a cosine to 1 % at the last step (Smith and Topin 2017, arXiv:1708.07120).
-    """
-    if recipe.schedule == "constant":
-        return 1.0
-    if recipe.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (step // steps_per_epoch) / recipe.epochs))
-    progress = step / max(1, recipe.epochs * steps_per_epoch - 1)
-    if progress < recipe.warmup:
-        return max(progress / recipe.warmup, 0.01)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - recipe.warmup) / (1 - recipe.warmup)))
-
-
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """SGD on the trainable parameters, with the head at `head_lr_factor` times the backbone's learning rate."""
-    head = {id(p) for p in surgery.head(model).parameters()}
-    groups = []
-    for is_head, factor in ((False, 1.0), (True, recipe.head_lr_factor)):
-        parameters = [p for p in model.parameters() if p.requires_grad and (id(p) in head) == is_head]
-        if parameters:
-            groups.append({"params": parameters, "lr": recipe.lr * factor, "base_lr": recipe.lr * factor})
-    return torch.optim.SGD(
-        groups,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-        fused=_can_fuse(model),
-    )
-
-
-def _can_fuse(model: nn.Module) -> bool:
-    return next(model.parameters()).device.type in ("cpu", "cuda")
+CHECK_EVERY = 50  # steps between two looks at the loss on a GPU, which would have to be waited for
 
 
 @dataclass
@@ -79,13 +54,15 @@ class Training:
     optimizer: torch.optim.Optimizer
     ema: nn.Module | None  # the moving average of the weights, where the recipe wants one
     sums: Tensor  # of the running epoch: cross-entropy, correct predictions, images
+    plan: Plan = field(default_factory=lambda: Plan("fp32"))
+    pieces: int = 1  # that a process cuts its batch into, to save memory
     seconds: float = 0.0  # of the running epoch, evaluation aside
     epoch: int = 0  # epochs finished
     step: int = 0  # steps finished within the running epoch
     history: list[dict] = field(default_factory=list)
     best: dict | None = None  # {"val_accuracy": float, "val_loss": float, "model": state dict}
 
-    PLACE = ("seconds", "epoch", "step", "history", "best")
+    PLACE = ("pieces", "seconds", "epoch", "step", "history", "best")
 
     @property
     def kept(self) -> nn.Module:
@@ -110,14 +87,17 @@ class Training:
             setattr(self, key, state[key])
 
 
-def train_epoch(training: Training, split: Split, recipe: Recipe, accelerator: Accelerator, after_step=None) -> None:
+def train_epoch(
+    training: Training, split: Split, recipe: Recipe, accelerator: Accelerator, after_step=None, echo=print
+) -> None:
     """Train through the rest of one epoch: augment, predict, compare, step.
 
     `training.sums` collects the plain cross-entropy, the correct predictions and the images, on the device.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
-    transform = transforms.train_transform(recipe)
+    transform, size = transforms.train_transform(recipe), recipe.size_at(training.epoch)
     loader = make_loader(split, recipe, train=True, epoch=training.epoch, rank=rank, world=world)
+    batches, watch = loader.batch_sampler, LossWatch(accelerator.device)
     training.model.train()
     start, done = time.perf_counter() - training.seconds, training.step
     for step, (images, labels) in enumerate(
@@ -125,50 +105,28 @@ def train_epoch(training: Training, split: Split, recipe: Recipe, accelerator: A
     ):
         if step < done:
             continue  # trained before the run was resumed
-        batch = loader.batch_sampler.sizes[step]  # of all processes together
+        batch = batches.sizes[step]  # images of all processes together
+        own, counted = batches.share(batch), batches.counted(batch)
         draws = transforms.draw(batch, recipe.crop_padding, _generator(recipe, training.epoch, step))
-        size = recipe.size_at(training.epoch)
-        inputs = transform(images, size=size, draws=tuple(values[rank::world] for values in draws))
+        draws = tuple(to_device(values[own], accelerator.device) for values in draws)
+        inputs = transform(images, size=size, draws=draws)
         set_lr(training.optimizer, lr_factor(recipe, training.epoch * len(loader) + step, len(loader)))
 
-        logits = training.model(inputs).float()
-        loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=recipe.label_smoothing) / batch
-        training.optimizer.zero_grad()
-        accelerator.backward(loss * world)  # the processes average their gradients; this makes it the sum
+        logits = backward(training, inputs, labels, counted, batch, recipe, accelerator, echo)
         training.optimizer.step()
 
         last = step + 1 == len(loader)
-        update_ema(training, recipe, accelerator, training.epoch * len(loader) + step, last)
-        training.sums += _sums(logits.detach(), labels)
+        if training.ema is not None:
+            model, total = accelerator.unwrap_model(training.model), training.epoch * len(loader) + step
+            move_average(training.ema, model, recipe.ema_decay, total, last)
+        sums = _sums(logits, labels[:counted])
+        training.sums += sums
+        watch.see(sums, step)
         training.step, training.seconds = step + 1, time.perf_counter() - start
-        if accelerator.device.type == "cpu" or last:
-            _check_finite(loss, recipe, training)
+        if accelerator.device.type == "cpu" or last or (step + 1) % CHECK_EVERY == 0:
+            watch.check(training, batches, split, recipe)
         if after_step:
             after_step()
-
-
-def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group's learning rate to `factor` times its base."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
-
-
-@torch.no_grad()
-def update_ema(training: Training, recipe: Recipe, accelerator: Accelerator, step: int, last: bool = False) -> None:
-    """Move the averaged weights and BatchNorm statistics a little towards the model's, every fourth step.
-
-    The last step of an epoch counts too, so that the shortest run moves them. The decay grows with the steps, so that
-    the first weights are soon forgotten.
-    """
-    if training.ema is None or ((step + 1) % EMA_EVERY and not last):
-        return
-    decay = min(recipe.ema_decay, (1 + step) / (10 + step)) ** EMA_EVERY
-    model = accelerator.unwrap_model(training.model)
-    for averaged, current in zip(training.ema.state_dict().values(), model.state_dict().values(), strict=True):
-        if averaged.is_floating_point():
-            averaged.lerp_(current, 1 - decay)
-        else:
-            averaged.copy_(current)
 
 
 def fit(recipe: Recipe, data: Cifar10, run_dir: str | Path | None = None, *, resume: bool = False, echo=print) -> Run:
@@ -182,6 +140,7 @@ def fit(recipe: Recipe, data: Cifar10, run_dir: str | Path | None = None, *, res
         Folder of the run; by default a new one under `results.runs_root()`, named by recipe and time.
     resume : bool
         Go on with the run in `run_dir` from its last complete checkpoint; a finished run is only loaded.
+        Ctrl-C and SIGTERM leave such a checkpoint.
     echo : callable
         Receives one line an epoch.
 
@@ -198,9 +157,9 @@ def fit(recipe: Recipe, data: Cifar10, run_dir: str | Path | None = None, *, res
         When the pretrained weights cannot be had or do not fit.
     """
     keep_memory()
-    state = PartialState(cpu=_cpu_only())
+    state = start_processes()
     echo = echo if state.is_main_process else _silent
-    run_dir = Path(run_dir or new_run_dir(recipe))
+    run_dir = Path(broadcast_object_list([str(run_dir or new_run_dir(recipe))])[0])
     directory = RunDirectory(run_dir, echo) if state.is_main_process else None
     try:
         if resume and (run_dir / "metrics.json").exists():
@@ -224,11 +183,11 @@ def _fit(recipe: Recipe, data: Cifar10, directory: RunDirectory | None, resume: 
     }
     splits = {name: split.subset(getattr(recipe, f"{name}_images")) for name, split in splits.items()}
     model = surgery.build_model(recipe, echo)
-    precision, accelerator = make_accelerator(recipe, model, directory, echo)
+    plan, accelerator = make_accelerator(recipe, model, directory, echo)
     if directory:
-        directory.start(describe_run(recipe, data, splits, model, precision), resume)
+        directory.start(describe_run(recipe, data, splits, model, plan), resume)
     splits = {name: split.to(accelerator.device) for name, split in splits.items()}
-    training = prepare(recipe, model, accelerator)
+    training = prepare(recipe, model, accelerator, plan)
     checkpoint = directory.load_checkpoint() if directory and resume else None
     checkpoint = broadcast_object_list([checkpoint])[0]
     if checkpoint:
@@ -236,49 +195,74 @@ def _fit(recipe: Recipe, data: Cifar10, directory: RunDirectory | None, resume: 
         echo(f"Resuming behind epoch {training.epoch}, step {training.step}")
     else:
         warm_up(recipe, accelerator.unwrap_model(training.model), training.ema, splits["train"], echo)
-
-    def save():
-        if directory:
-            directory.save_checkpoint(training.epoch, training.step, training.state())
-
-    def after_step():
-        if recipe.checkpoint_steps and training.step % recipe.checkpoint_steps == 0:
-            save()
-
-    while training.epoch < recipe.epochs:
-        train_epoch(training, splits["train"], recipe, accelerator, after_step)
-        finish_epoch(training, splits, recipe, accelerator, echo)
-        save()
+    with StopRequest(echo) as stop:
+        _train(training, splits, recipe, accelerator, directory, stop, echo)
     return finish_run(training, splits, recipe, accelerator, directory, echo)
 
 
-def make_accelerator(recipe: Recipe, model: nn.Module, directory: RunDirectory | None, echo) -> tuple[str, Accelerator]:
-    """The precision to train in and the Accelerator that does it; a resumed run keeps the precision it started with."""
-    state = PartialState(cpu=_cpu_only())
-    precision = recipe.precision
+def _train(training: Training, splits, recipe: Recipe, accelerator: Accelerator, directory, stop: StopRequest, echo):
+    """All epochs that are left, with a checkpoint behind each, every N steps where asked, and when told to stop."""
+
+    def save() -> None:
+        share_statistics(accelerator, accelerator.unwrap_model(training.model), training.ema)
+        if directory:
+            directory.save_checkpoint(training.epoch, training.step, training.state())
+
+    def stop_if(asked: bool) -> None:
+        if asked:
+            if directory:
+                command = f"python -m cifar_ft train --out {shlex.quote(str(directory.path))} --resume"
+                echo(
+                    f"Stopped behind epoch {training.epoch}, step {training.step}, and saved. Go on with: {command} "
+                    "(in Python: the same fit with its run_dir and resume=True)"
+                )
+            raise KeyboardInterrupt
+
+    def after_step() -> None:
+        asked = stop.agreed(accelerator, training.step)
+        if asked or (recipe.checkpoint_steps and training.step % recipe.checkpoint_steps == 0):
+            save()
+        stop_if(asked)
+
+    while training.epoch < recipe.epochs:
+        train_epoch(training, splits["train"], recipe, accelerator, after_step, echo)
+        share_statistics(accelerator, accelerator.unwrap_model(training.model), training.ema)
+        finish_epoch(training, splits, recipe, accelerator, echo)
+        save()
+        stop_if(stop.agreed(accelerator))
+
+
+def make_accelerator(
+    recipe: Recipe, model: nn.Module, directory: RunDirectory | None, echo
+) -> tuple[Plan, Accelerator]:
+    """How to compute, and the Accelerator that does it; a resumed run goes on as it began."""
+    state, plan = start_processes(), None
     if state.is_main_process:
-        stored = directory.config().get("precision") if directory else None
-        if stored or precision == "auto":
-            cache = data_root() / "precision.json"
-            size, batch = recipe.image_size, recipe.batch_size
-            precision = stored or choose_precision(model, state.device, size, batch, cache, echo)
-    precision = broadcast_object_list([precision])[0]
-    if precision == "fp16" and state.device.type != "cuda":
+        stored = directory.config().get("plan") if directory else None
+        cache, backbone = data_root() / "speed.json", model.weights_info["backbone"]
+        plan = (
+            Plan(**stored) if stored else choose_plan(recipe, backbone, state.device, cache, state.num_processes, echo)
+        )
+    plan = broadcast_object_list([plan])[0]
+    if plan.precision == "fp16" and state.device.type != "cuda":
         raise TrainingError("precision=fp16 needs an NVIDIA GPU; use bf16, fp32 or auto here")
+    plan.apply()
     AcceleratorState._reset_state()  # it would else insist on the precision of an earlier run in this process
-    return precision, Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=_cpu_only())
+    return plan, Accelerator(mixed_precision="no" if plan.precision == "fp32" else plan.precision, cpu=cpu_only())
 
 
-def prepare(recipe: Recipe, model: nn.Module, accelerator: Accelerator) -> Training:
+def prepare(recipe: Recipe, model: nn.Module, accelerator: Accelerator, plan: Plan) -> Training:
     """Move the model to the device, make its optimiser and its moving average, and hand them to Accelerate."""
     info = model.weights_info
-    model = model.to(accelerator.device, memory_format=torch.channels_last)
-    if accelerator.device.type == "cpu":
+    model = synchronize_batchnorm(model, accelerator).to(accelerator.device, memory_format=plan.memory_format)
+    if accelerator.device.type == "cpu" and plan.channels_last:
         speed_up(model)
     ema = copy.deepcopy(model).requires_grad_(False) if recipe.ema_decay else None
+    if recipe.compile:
+        model.compile()  # in place, so that names in the state dict stay
     model, optimizer = accelerator.prepare(model, make_optimizer(model, recipe))
     accelerator.unwrap_model(model).weights_info = info
-    return Training(model, optimizer, ema, torch.zeros(3, device=accelerator.device))
+    return Training(model, optimizer, ema, torch.zeros(3, device=accelerator.device), plan, recipe.accumulation)
 
 
 def warm_up(recipe: Recipe, model: nn.Module, ema: nn.Module | None, train: Split, echo) -> None:
@@ -326,8 +310,8 @@ def finish_run(
     model = accelerator.unwrap_model(training.kept)
     if training.best:
         model.load_state_dict(training.best["model"])
-    logits = _logits(model, splits["test"], recipe, accelerator)
-    mirrored = _logits(model, splits["test"], recipe, accelerator, flip_tta=True) if recipe.flip_tta else None
+    logits = gather_logits(model, splits["test"], recipe, accelerator)
+    mirrored = gather_logits(model, splits["test"], recipe, accelerator, flip_tta=True) if recipe.flip_tta else None
     if directory is None:
         return None
     labels = splits["test"].labels.cpu()
@@ -352,22 +336,8 @@ def finish_run(
     return run
 
 
-def _logits(model: nn.Module, split: Split, recipe: Recipe, accelerator: Accelerator, flip_tta: bool = False) -> Tensor:
-    """Logits [N, 10] of every image once, on every process; each process scores its share."""
-    rank, world = accelerator.process_index, accelerator.num_processes
-    share = split.take(torch.arange(rank, len(split), world, device=split.labels.device)) if world > 1 else split
-    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-    options = {"device": accelerator.device, "precision": precision, "flip_tta": flip_tta}
-    own = predict_logits(model, share, transforms.eval_transform(recipe), batch_size=250, **options)
-    if world == 1:
-        return own
-    logits = torch.zeros(len(split), own.shape[1])
-    logits[rank::world] = own
-    return accelerator.reduce(logits.to(accelerator.device), reduction="sum").cpu()
-
-
 def _score(model: nn.Module, split: Split, recipe: Recipe, accelerator: Accelerator) -> tuple[float, float]:
-    logits, labels = _logits(accelerator.unwrap_model(model), split, recipe, accelerator), split.labels.cpu()
+    logits, labels = gather_logits(accelerator.unwrap_model(model), split, recipe, accelerator), split.labels.cpu()
     return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).double().mean().item()
 
 
@@ -380,24 +350,11 @@ def _generator(recipe: Recipe, epoch: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(epoch_seed(recipe.seed, epoch, step + 1))
 
 
-def _check_finite(loss: Tensor, recipe: Recipe, training: Training) -> None:
-    if not torch.isfinite(loss):
-        raise TrainingError(
-            f"the loss is {loss.item()} at epoch {training.epoch + 1}, step {training.step}: training has diverged. "
-            f"Try a lower learning rate (--set lr={recipe.lr / 10:g}) or precision=fp32, and start in a new folder"
-        )
-
-
 def _progress(loader, label: str, accelerator: Accelerator) -> tqdm:
     """A bar for people: on a terminal or in a notebook, not in a log file."""
     watched = sys.stdout.isatty() or "ipykernel" in sys.modules
     hidden = not (watched and accelerator.is_main_process)
     return tqdm(loader, label, leave=False, disable=hidden, file=sys.stdout, mininterval=5, ncols=80, unit="step")
-
-
-def _cpu_only() -> bool:
-    """Whether there is no accelerator; Accelerate starts several processes on CPUs only when it is told so."""
-    return not (torch.cuda.is_available() or torch.backends.mps.is_available())
 
 
 def _silent(*_) -> None:

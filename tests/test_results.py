@@ -266,7 +266,7 @@ def test_a_run_is_read_back_whole(tmp_path):
 def test_an_unfinished_run_says_how_to_resume_it(tmp_path):
     path = write_run(tmp_path / "run")
     (path / "metrics.json").unlink()
-    with pytest.raises(RunError, match=r"not finished.*train --recipe quick --out .*run --resume"):
+    with pytest.raises(RunError, match=r"not finished.*train --out .*run --resume"):
         results.load_run(path)
 
 

@@ -13,57 +13,20 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from tiny_runs import history, quiet, raise_, recipe, same_run, weights
 
-from cifar_ft import checkpoints, surgery, training, transforms
+from cifar_ft import checkpoints, processes, records, surgery, training, transforms
 from cifar_ft.checkpoints import RunDirectory, TrainingError
-from cifar_ft.recipes import get_recipe
+from cifar_ft.optimization import lr_factor, make_optimizer, move_average, set_lr
 from cifar_ft.results import evaluating, load_run, wilson_interval
-from cifar_ft.training import fit, fit_head, lr_factor, make_optimizer
+from cifar_ft.training import fit, fit_head
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ALL = {"train_images": None, "val_images": None, "test_images": None}
-
-
-def recipe(**overrides):
-    """A tiny ResNet (cut behind stage 1), 2 epochs of 5 steps, with everything that has a state to be resumed."""
-    defaults = {"backbone": "resnet18", "weights": "none", "last_stage": 1, "image_size": 16, "batch_size": 24}
-    rest = {"checkpoint_steps": 1, "select": "best", "ema_decay": 0.8, "lr": 0.05}
-    return get_recipe("smoke", {**ALL, **defaults, **rest, **overrides})
-
-
-def quiet(line):
-    pass
-
-
-def weights(path):
-    return load_file(path / "model.safetensors")
-
-
-def history(path):
-    """The rows of history.csv without their times."""
-    with open(path / "history.csv", newline="") as file:
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
-
-
-def same_run(one, other):
-    """Bit for bit: weights, test logits, and the history apart from seconds."""
-    a, b = weights(one), weights(other)
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert history(one) == history(other)
-    assert np.array_equal(load_run(one).logits, load_run(other).logits)
-    times = {"train_seconds", "images_per_second", "peak_memory_mb"}
-    figures = [json.loads((path / "metrics.json").read_text()).items() for path in (one, other)]
-    assert [item for item in figures[0] if item[0] not in times] == [
-        item for item in figures[1] if item[0] not in times
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -159,14 +122,14 @@ def test_interrupted_anywhere_and_resumed_is_as_if_never_interrupted(whole, smal
 
 
 def test_interrupted_in_the_middle_of_a_step_is_resumed_too(whole, small_data, tmp_path, monkeypatch):
-    update, count = training.update_ema, itertools.count(1)
+    update, count = training.move_average, itertools.count(1)
 
     def fail(*arguments):
         update(*arguments)
         if next(count) in (2, 5):
             raise Crash
 
-    monkeypatch.setattr(training, "update_ema", fail)
+    monkeypatch.setattr(training, "move_average", fail)
     for resume in (False, True):
         with pytest.raises(Crash):
             fit(recipe(), small_data, tmp_path / "run", resume=resume, echo=quiet)
@@ -183,10 +146,6 @@ def test_interrupted_while_the_final_files_are_written_is_resumed_too(whole, sma
             fit(recipe(), small_data, tmp_path / "run", echo=quiet)
     fit(recipe(), small_data, tmp_path / "run", resume=True, echo=quiet)
     same_run(whole, tmp_path / "run")
-
-
-def raise_(error):
-    raise error
 
 
 def test_without_checkpoint_steps_the_epoch_is_trained_again_to_the_same_end(whole, small_data, tmp_path, monkeypatch):
@@ -206,7 +165,8 @@ KILLED = """
     import os, signal, sys, torch
     sys.path.insert(0, {tests!r})
     from conftest import small_data, samples
-    from test_training import fit, quiet, recipe
+    from cifar_ft.training import fit
+    from tiny_runs import quiet, recipe
     torch.set_num_threads(1)
     sync, count = os.fsync, 0
     def kill_in_the_middle_of_a_write(descriptor):
@@ -310,9 +270,47 @@ def test_resume_of_another_run_is_refused_with_the_difference(
     assert not (path / "checkpoint").exists()
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value", "words"),
+    [
+        ("code", "training", "0123", r"code.training: '0123' then, '\w{12}' now"),
+        ("versions", "torch", "2.0.0", r"versions.torch: '2.0.0' then, '[\w.+]+' now"),
+        ("versions", "cifar_ft", "0.0.1", r"versions.cifar_ft: '0.0.1' then"),
+        ("weights", "sha256", "abc", r"weights.sha256: 'abc' then, None now"),
+    ],
+)
+def test_resume_with_other_code_is_refused_with_the_difference(whole, small_data, tmp_path, part, key, value, words):
+    config = json.loads((whole / "config.json").read_text())
+    config[part][key] = value
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TrainingError, match=f"cannot resume .*{words}.*start anew in another folder"):
+        fit(recipe(), small_data, path, resume=True, echo=quiet)
+    (path / "metrics.json").write_text((whole / "metrics.json").read_text())
+    for name in ("history.csv", "test_logits.npz"):
+        shutil.copy(whole / name, path)
+    assert fit(recipe(), small_data, path, resume=True, echo=quiet).accuracy  # a finished run is only loaded
+
+
+def test_comments_and_docstrings_do_not_count_as_code(tmp_path, monkeypatch):
+    package = tmp_path / "cifar_ft"
+    shutil.copytree(os.path.dirname(records.cifar_ft.__file__), package, ignore=shutil.ignore_patterns("assets"))
+    before = records.code_digests()
+    assert set(before) == set(records.DECISIVE)
+    monkeypatch.setattr(records.cifar_ft, "__file__", str(package / "__init__.py"))
+    assert records.code_digests() == before
+    file = package / "training.py"
+    text = file.read_text()
+    file.write_text(text.replace('"""The training loop', '# more\n"""Another loop').replace("    done", "     done"))
+    assert records.code_digests() == before
+    file.write_text(text.replace("CHECK_EVERY = 50", "CHECK_EVERY = 51"))
+    assert {name for name, digest in records.code_digests().items() if digest != before[name]} == {"training"}
+
+
 def test_resume_of_a_finished_run_only_loads_it(whole, small_data, monkeypatch):
     monkeypatch.setattr(training, "train_epoch", lambda *arguments: raise_(Crash()))
-    monkeypatch.setattr(training, "predict_logits", lambda *arguments, **options: raise_(Crash()))
+    monkeypatch.setattr(processes, "predict_logits", lambda *arguments, **options: raise_(Crash()))
     lines = []
     run = fit(recipe(), small_data, whole, resume=True, echo=lines.append)
     assert run.accuracy == load_run(whole).accuracy
@@ -368,22 +366,6 @@ def test_an_impossible_folder_is_refused_before_any_training(small_data, tmp_pat
         fit(recipe(), small_data, tmp_path / "file" / "run", echo=quiet)
 
 
-def test_a_loss_that_is_not_finite_stops_training_with_advice(small_data, tmp_path, monkeypatch):
-    build = surgery.build_model
-
-    def broken(*arguments):
-        model = build(*arguments)
-        with torch.no_grad():
-            surgery.head(model).bias[3] = math.nan
-        return model
-
-    monkeypatch.setattr(surgery, "build_model", broken)
-    with pytest.raises(TrainingError, match=r"the loss is nan at epoch 1, step 1: .*\(--set lr=0.005\)"):
-        fit(recipe(), small_data, tmp_path / "run", echo=quiet)
-    assert not list((tmp_path / "run").rglob("*.pt"))  # no checkpoint of a broken model
-    assert not (tmp_path / "run" / "metrics.json").exists()
-
-
 def test_fp16_without_a_gpu_is_refused_with_the_alternatives(small_data, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
@@ -396,13 +378,13 @@ def test_fp16_without_a_gpu_is_refused_with_the_alternatives(small_data, tmp_pat
 
 def scored(patch):
     """The names of the splits that are scored from now on, in order."""
-    names, predict = [], training.predict_logits
+    names, predict = [], processes.predict_logits
 
     def spy(model, split, *arguments, **options):
         names.append(split.name)
         return predict(model, split, *arguments, **options)
 
-    patch.setattr(training, "predict_logits", spy)
+    patch.setattr(processes, "predict_logits", spy)
     return names
 
 
@@ -564,7 +546,7 @@ def test_the_head_gets_its_own_learning_rate_and_frozen_parts_none():
     assert {id(p) for p in head["params"]} == {id(p) for p in model.fc.parameters()}
     assert {id(p) for p in body["params"]} == {id(p) for p in model.layer1.parameters()}
     assert all((g["momentum"], g["weight_decay"], g["nesterov"]) == (0.9, 5e-4, True) for g in (body, head))
-    training.set_lr(optimizer := make_optimizer(model, mine), 0.5)
+    set_lr(optimizer := make_optimizer(model, mine), 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.1]
 
 
@@ -578,23 +560,22 @@ def test_with_the_backbone_frozen_only_the_head_is_optimised():
 
 
 def test_the_moving_average_is_the_one_computed_by_hand():
-    mine, model = recipe(ema_decay=0.7), torch.nn.BatchNorm1d(3)
-    state = training.Training(model, None, copy.deepcopy(model), torch.zeros(3))
-    accelerator = SimpleNamespace(unwrap_model=lambda module: module)
+    model = torch.nn.BatchNorm1d(3)
+    average = copy.deepcopy(model)
     generator, expected = torch.Generator().manual_seed(0), model.weight.detach().double()
     for step in range(41):
         with torch.no_grad():
             model.weight.copy_(torch.randn(3, generator=generator))
             model.running_mean.copy_(model.weight)
             model.num_batches_tracked += 1
-        training.update_ema(state, mine, accelerator, step)
+        move_average(average, model, 0.7, step)
         if step % 4 == 3:  # every fourth step, so to the fourth power; at first it forgets faster
             decay = min(0.7, (1 + step) / (10 + step)) ** 4
             expected = decay * expected + (1 - decay) * model.weight.detach().double()
             running = expected - left_of_the_start(step)
-            torch.testing.assert_close(state.ema.running_mean.double(), running, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(state.ema.weight.double(), expected, atol=1e-5, rtol=1e-5)
-    assert state.ema.num_batches_tracked == 40
+            torch.testing.assert_close(average.running_mean.double(), running, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(average.weight.double(), expected, atol=1e-5, rtol=1e-5)
+    assert average.num_batches_tracked == 40
 
 
 def left_of_the_start(step):
@@ -724,19 +705,3 @@ def test_a_damaged_config_is_a_clear_error(whole, small_data, tmp_path):
     (path / "config.json").write_text((whole / "config.json").read_text()[:100])
     with pytest.raises(TrainingError, match=r"config.json is damaged .*start anew in another folder"):
         fit(recipe(), small_data, path, resume=True, echo=quiet)
-
-
-@pytest.mark.data
-@pytest.mark.slow
-def test_two_processes_with_frozen_batchnorm_train_as_one(tmp_path):
-    settings = ["backbone=resnet18", "freeze=backbone", "train_images=250", "val_images=101", "test_images=103"]
-    arguments = ["-m", "cifar_ft", "train", "--recipe", "smoke", "--weights", "none"]
-    arguments += [word for setting in settings for word in ("--set", setting)]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for name, command in (("one", arguments), ("two", [*launch, *arguments])):
-        done = subprocess.run([sys.executable, *command, "--out", str(tmp_path / name)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, two = load_run(tmp_path / "one"), load_run(tmp_path / "two")
-    assert len(two.labels) == 103  # an odd number: each image counts once
-    np.testing.assert_allclose(two.history.train_loss, one.history.train_loss, rtol=1e-4)
-    np.testing.assert_allclose(two.logits, one.logits, atol=1e-3)

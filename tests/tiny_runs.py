@@ -1,0 +1,52 @@
+"""A run small enough to be trained in seconds, and what tests compare of it."""
+
+import csv
+import json
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from cifar_ft.recipes import get_recipe
+from cifar_ft.results import load_run
+
+ALL = {"train_images": None, "val_images": None, "test_images": None}
+
+
+def recipe(**overrides):
+    """A tiny ResNet (cut behind stage 1), 2 epochs of 5 steps, with everything that has a state to be resumed."""
+    defaults = {"backbone": "resnet18", "weights": "none", "last_stage": 1, "image_size": 16, "batch_size": 24}
+    rest = {"checkpoint_steps": 1, "select": "best", "ema_decay": 0.8, "lr": 0.05}
+    return get_recipe("smoke", {**ALL, **defaults, **rest, **overrides})
+
+
+def quiet(line):
+    pass
+
+
+def raise_(error):
+    raise error
+
+
+def weights(path):
+    return load_file(path / "model.safetensors")
+
+
+def history(path):
+    """The rows of history.csv without their times."""
+    with open(path / "history.csv", newline="") as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def same_run(one, other):
+    """Bit for bit: weights, test logits, and the history apart from seconds."""
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert history(one) == history(other)
+    assert np.array_equal(load_run(one).logits, load_run(other).logits)
+    times = {"train_seconds", "images_per_second", "peak_memory_mb"}
+    figures = [json.loads((path / "metrics.json").read_text()).items() for path in (one, other)]
+    assert [item for item in figures[0] if item[0] not in times] == [
+        item for item in figures[1] if item[0] not in times
+    ]
