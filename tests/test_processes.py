@@ -1,7 +1,6 @@
 """Several processes, really started: one result, each image once, one folder, resumable."""
 
 import itertools
-import os
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from tiny_runs import recipe
@@ -68,10 +68,17 @@ def test_several_processes_are_resumed_as_if_never_stopped(tmp_path, how):
     settings = {**FROZEN, "freeze_batchnorm": False, "epochs": 40, "checkpoint_steps": 2}
     whole, _ = train(2, tmp_path / "whole", settings)
     path = tmp_path / "run"
-    with subprocess.Popen(command(2, path, settings), start_new_session=True, **quietly()) as group:
+    with subprocess.Popen(command(2, path, settings), **quietly()) as group:
         wait_for(lambda: len(list(path.glob("checkpoint/epoch-00002-*.pt"))) > 0, group)
-        os.killpg(group.pid, signal.SIGKILL if how == "killed" else signal.SIGINT)
+        workers = psutil.Process(group.pid).children(recursive=True)
+        assert len(workers) >= 2
+        if how == "killed":
+            for process in (group, *workers):
+                process.kill()
+        else:
+            group.send_signal(signal.SIGINT)
         group.wait(timeout=90)
+        psutil.wait_procs(workers, timeout=90)
     assert not (path / "metrics.json").exists()
     run, output = train(2, path, settings, "--resume")
     assert "Resuming behind epoch" in output

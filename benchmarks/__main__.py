@@ -1,0 +1,122 @@
+"""`python -m benchmarks [all | steps | start | growth | speedrun | compare]`: measure, print, keep.
+
+Each command puts its section into results/benchmarks.json. Run on an idle machine. `compare` needs
+`pip install -r benchmarks/requirements.txt`; the others need the course alone.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cifar_ft.checkpoints import write_atomic
+from cifar_ft.data import load_cifar10
+from cifar_ft.recipes import get_recipe
+from cifar_ft.speed import hardware
+
+FILE = Path("results/benchmarks.json")
+CONTENDERS = ("cifar_ft", "plain", "timm", "trainer", "fastai")
+app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def steps(rounds: int = 3) -> None:
+    """A step of reference_b32 against the plain loop, and its share of the matrix-product peak."""
+    from benchmarks.steps import reference_speed
+
+    found = reference_speed(get_recipe("reference_b32"), _data().train.subset(4096), rounds)
+    _keep("steps", found)
+    typer.echo(f"reference_b32, course / plain loop: {found['ratio_to_plain']:.2f}x (target 1.6x)")
+    share, peak = found["share_of_bf16_peak"], found["matmul_gflops"]["bf16"]
+    typer.echo(f"reference_b32, batch 64, share of the bf16 peak of {peak:.0f} GFLOP/s: {share:.0%} (target 55 %)")
+
+
+@app.command()
+def start() -> None:
+    """Seconds until the package is imported and the cached dataset loaded."""
+    from benchmarks.steps import start_up
+
+    found = start_up()
+    _keep("start", found)
+    for name, seconds in found.items():
+        typer.echo(f"{name}: {seconds:.2f} s (target below 1 s)")
+
+
+@app.command()
+def growth() -> None:
+    """Speed and memory against image size and batch size."""
+    from benchmarks import steps
+
+    recipe = get_recipe("quick", "backbone=efficientnet_lite0 weights=none freeze=none")
+    found = steps.growth(recipe, _data().train)
+    _keep("growth", found)
+    for case in found["cases"]:
+        typer.echo(
+            "{image_size} px, batch {batch_size}: {images_per_second:.0f} images/s, {peak_memory_mb:.0f} MB".format(
+                **case
+            )
+        )
+
+
+@app.command()
+def speedrun() -> None:
+    """Minutes to the published best, 93.45 %, on the full test set."""
+    from cifar_ft.training import fit
+
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = fit(get_recipe("speedrun"), _data(), Path(folder) / "run").metrics
+    _keep("speedrun", {key: metrics[key] for key in ("test_accuracy", "test_accuracy_ci95", "train_seconds")})
+    minutes = metrics["train_seconds"] / 60
+    typer.echo(f"speedrun: {metrics['test_accuracy']:.2%} in {minutes:.1f} min (target 93.45 % in 15 min)")
+
+
+@app.command()
+def compare(
+    images: int = 10_000,
+    size: int = 64,
+    epochs: int = 3,
+    seeds: int = 3,
+    test: Annotated[bool, typer.Option(help="Also score the 10,000 test images.")] = True,
+) -> None:
+    """The same work by what a user would pick instead, in turns, a process each."""
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(seeds):
+            for name in CONTENDERS:
+                out = Path(folder) / f"{name}-{seed}.json"
+                command = [sys.executable, "-m", "benchmarks.contenders", name, "--seed", str(seed), "--out", str(out)]
+                command += ["--images", str(images), "--size", str(size), "--epochs", str(epochs)]
+                subprocess.run([*command, *(["--test"] if test else [])], check=True)
+                runs.append(json.loads(out.read_text("utf-8")))
+                _keep("compare", {"runs": runs})
+    speeds = {name: statistics.median(r["images_per_second"] for r in runs if r["name"] == name) for name in CONTENDERS}
+    for name in CONTENDERS[1:]:
+        typer.echo(f"cifar_ft / {name}: {speeds['cifar_ft'] / speeds[name]:.2f}x the images a second")
+
+
+@app.command()
+def all() -> None:
+    """Everything, one after the other: about an hour and a half on two cores."""
+    for command in (steps, start, growth, speedrun, compare):
+        command()
+
+
+def _data():
+    return load_cifar10(echo=lambda _: None)
+
+
+def _keep(section: str, found: dict) -> None:
+    known = json.loads(FILE.read_text("utf-8")) if FILE.exists() else {}
+    known[section] = {**found, "hardware": hardware()}
+    write_atomic(FILE, (json.dumps(known, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,170 @@
+"""How fast a training step is: against the plain recipe loop, against the processor's peak, and as sizes grow."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from cifar_ft import surgery, transforms
+from cifar_ft.convolutions import speed_up
+from cifar_ft.data import Split, make_loader
+from cifar_ft.optimization import make_optimizer
+from cifar_ft.recipes import Recipe
+from cifar_ft.speed import keep_memory
+
+
+def matmul_peak(precision: str, size: int = 4096, repeats: int = 5) -> float:
+    """GFLOP/s of a square matrix product, the fastest of some."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    a, b, seconds = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype), []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds) / 1e9
+
+
+def gflop_per_image(recipe: Recipe) -> float:
+    """Of one training step: forward and backward, two for each multiply-add."""
+    model = surgery.build_model(recipe.replace(weights="none"), _silent).train()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(2, 3, recipe.image_size, recipe.image_size)).sum().backward()
+    return counter.get_total_flops() / 2 / 1e9
+
+
+def course_loop(recipe: Recipe, train: Split, precision: str) -> Callable[[], None]:
+    """A function that trains one batch the course's way: augmented as a whole, channels last, fast convolutions."""
+    model = surgery.build_model(recipe.replace(weights="none"), _silent).train()
+    speed_up(model.to(memory_format=torch.channels_last))
+    optimizer, transform = make_optimizer(model, recipe), transforms.train_transform(recipe)
+    batches = _endless(lambda: make_loader(train, recipe, train=True))
+
+    def step() -> None:
+        images, labels = next(batches)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(transform(images)).float()
+        optimizer.zero_grad()
+        F.cross_entropy(logits, labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def plain_loop(recipe: Recipe, train: Split) -> Callable[[], None]:
+    """A function that trains one batch as the published code does: torchvision image by image, DataLoader, fp32."""
+    from PIL import Image
+    from torchvision import transforms as tv
+
+    mean, std = transforms.NORMALIZATIONS[recipe.normalization]
+    augment = tv.Compose(
+        [tv.RandomCrop(32, padding=4), tv.RandomHorizontalFlip(), tv.ToTensor(), tv.Normalize(mean, std)]
+    )
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in train.images]
+
+    class Pictures(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(pictures)
+
+        def __getitem__(self, index: int):
+            return augment(pictures[index]), int(train.labels[index])
+
+    model = surgery.build_model(recipe.replace(weights="none"), _silent).train()
+    optimizer = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
+    criterion = nn.CrossEntropyLoss()
+    batches = _endless(lambda: DataLoader(Pictures(), recipe.batch_size, shuffle=True))
+
+    def step() -> None:
+        images, labels = next(batches)
+        optimizer.zero_grad()
+        criterion(model(images), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def alternate(loops: dict[str, Callable[[], None]], batch_size: int, rounds: int = 3, steps: int = 8) -> dict:
+    """Images a second of each loop, in turns: a round of each, then the next round; medians and all rounds."""
+    speeds = {name: [] for name in loops}
+    for step in loops.values():
+        step()
+        step()
+    for _ in range(rounds):
+        for name, step in loops.items():
+            start = time.perf_counter()
+            for _ in range(steps):
+                step()
+            speeds[name].append(batch_size * steps / (time.perf_counter() - start))
+    return {name: {"images_per_second": statistics.median(each), "rounds": each} for name, each in speeds.items()}
+
+
+def reference_speed(recipe: Recipe, train: Split, rounds: int = 3) -> dict:
+    """The published recipe's step, the course's way and the plain way, and its share of the matrix-product peak."""
+    keep_memory()
+    large = recipe.replace(batch_size=64)
+    gflop = gflop_per_image(recipe)
+    plain = alternate({"course": course_loop(recipe, train, "bf16"), "plain": plain_loop(recipe, train)}, 32, rounds)
+    at_64 = alternate({"course": course_loop(large, train, "bf16")}, 64, rounds)["course"]["images_per_second"]
+    peaks = {precision: matmul_peak(precision) for precision in ("fp32", "bf16")}
+    return {
+        "batch_32": plain,
+        "ratio_to_plain": plain["course"]["images_per_second"] / plain["plain"]["images_per_second"],
+        "batch_64_images_per_second": at_64,
+        "gflop_per_image": gflop,
+        "matmul_gflops": peaks,
+        "share_of_bf16_peak": at_64 * gflop / peaks["bf16"],
+    }
+
+
+def growth(recipe: Recipe, train: Split) -> dict:
+    """Seconds for 1,000 images and peak memory against image size and batch size, each in a process of its own."""
+    cases = [(size, 64) for size in (32, 48, 64, 96, 128)] + [(64, batch) for batch in (16, 32, 128, 256)]
+    return {"cases": [_in_a_process(recipe, size, batch) for size, batch in cases]}
+
+
+def _in_a_process(recipe: Recipe, size: int, batch: int) -> dict:
+    code = (
+        "import json, resource, sys; from benchmarks import steps; from cifar_ft.data import load_cifar10; "
+        "from cifar_ft.recipes import Recipe; r = Recipe.from_dict(json.load(sys.stdin)); steps.keep_memory(); "
+        "s = steps.course_loop(r, load_cifar10(echo=lambda _: None).train.subset(2560), 'bf16'); "
+        "f = steps.alternate({'course': s}, r.batch_size, 3, max(2, 256 // r.batch_size))['course']; "
+        "print(json.dumps([f['images_per_second'], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))"
+    )
+    mine = json.dumps(recipe.replace(image_size=size, train_sizes=(), batch_size=batch).to_dict())
+    done = subprocess.run([sys.executable, "-c", code], input=mine, capture_output=True, text=True, check=True)
+    speed, memory = json.loads(done.stdout.splitlines()[-1])
+    return {"image_size": size, "batch_size": batch, "images_per_second": speed, "peak_memory_mb": memory}
+
+
+def start_up(repeats: int = 3) -> dict:
+    """Seconds to import the package beyond importing torch, and to load the cached dataset; medians."""
+    beyond = "import time, torch; t = time.perf_counter(); import cifar_ft; print(time.perf_counter() - t)"
+    everything = beyond.replace("import cifar_ft;", "import cifar_ft.training;")
+    load = (
+        "import time; from cifar_ft.data import load_cifar10; t = time.perf_counter(); "
+        "load_cifar10(echo=lambda _: None); print(time.perf_counter() - t)"
+    )
+    codes = {"import_cifar_ft": beyond, "import_cifar_ft_training": everything, "load_cached_dataset": load}
+    return {name: statistics.median(_seconds(code) for _ in range(repeats)) for name, code in codes.items()}
+
+
+def _seconds(code: str) -> float:
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def _endless(loader: Callable):
+    while True:
+        yield from loader()
+
+
+def _silent(*_) -> None:
+    return None
