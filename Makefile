@@ -8,7 +8,7 @@ RUN      := $(VENV)/bin/python
 READY    := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help course lab test lint record badges report clean
+.PHONY: help course lab test lint record benchmarks badges report clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## */  make \1@/p' Makefile | awk -F@ '{ printf "%-15s %s\n", $$1, $$2 }'
@@ -31,6 +31,10 @@ record: $(READY)  ## run the course on an idle machine and keep its outputs, run
 	rm -rf build/course
 	$(RUN) -m cifar_ft course --recipe quick --out build/course
 	$(RUN) -c "from cifar_ft.report import record; print('updated', *record('build/course'))"
+
+benchmarks: $(READY)  ## speed against what else there is, on an idle machine; takes long
+	$(RUN) -m pip install $(PIP_ARGS) -r benchmarks/requirements.txt
+	$(RUN) -m benchmarks all
 
 badges: $(READY)  ## badges and set-up cells, after a change of address in pyproject.toml
 	$(RUN) -m cifar_ft badges

@@ -103,7 +103,7 @@ def compare(
 
 @app.command()
 def all() -> None:
-    """Everything, one after the other: about an hour and a half on two cores."""
+    """Everything, one after the other."""
     for command in (steps, start, growth, speedrun, compare):
         command()
 
