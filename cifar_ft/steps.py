@@ -61,7 +61,7 @@ def backward(
 
 
 def _backward(training, inputs, labels, counted, batch, recipe, accelerator) -> Tensor:
-    pieces, left, parts = len(inputs) if training.pieces > len(inputs) else training.pieces, counted, []
+    pieces, left, parts = max(1, min(training.pieces, len(inputs) // 2)), counted, []  # BatchNorm needs two images
     chunks = list(zip(inputs.tensor_split(pieces), labels.tensor_split(pieces), strict=True))
     for number, (images, targets) in enumerate(chunks, start=1):
         alone = accelerator.no_sync(training.model) if number < len(chunks) else nullcontext()
