@@ -170,9 +170,6 @@ def main() -> None:
             raise
         typer.echo(f"Error: {error}", err=True)
         sys.exit(2 if isinstance(error, RecipeError) or getattr(error, "wrong_argument", False) else 1)
-    except KeyboardInterrupt:
-        typer.echo("Stopped.", err=True)
-        sys.exit(130)
     except Exception as error:
         if debug:
             raise

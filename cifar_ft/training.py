@@ -60,7 +60,7 @@ class Training:
     epoch: int = 0  # epochs finished
     step: int = 0  # steps finished within the running epoch
     history: list[dict] = field(default_factory=list)
-    best: dict | None = None  # {"val_accuracy": float, "val_loss": float, "model": state dict}
+    best: dict | None = None  # {"val_accuracy": float, "model": state dict}
 
     PLACE = ("pieces", "seconds", "epoch", "step", "history", "best")
 
