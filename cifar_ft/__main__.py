@@ -97,7 +97,8 @@ def predict(
     csv: Annotated[Path | None, typer.Option(help="Write the rows to this file instead.")] = None,
 ) -> None:
     """Predict the class of pictures: a row for each input, path,label,probability,error."""
-    from cifar_ft.predictions import Predictor, predict_paths, write_csv
+    from cifar_ft.folders import predict_paths, write_csv
+    from cifar_ft.predictions import Predictor
 
     predictor = Predictor.from_run(run) if run else Predictor.newest_or_shipped(echo=lambda _: None)
     typer.echo(f"Model: {predictor.source}", err=True)

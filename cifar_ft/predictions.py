@@ -5,8 +5,6 @@ Whatever a picture comes as, it is read, cut square, made 32 pixels wide and pre
 
 from __future__ import annotations
 
-import csv
-import datetime
 import itertools
 import json
 import os
@@ -20,14 +18,13 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from cifar_ft import CifarFtError, __version__
+from cifar_ft import CifarFtError
 from cifar_ft.data import CLASSES, Split
 from cifar_ft.pictures import ImageError, one_line, read_image, square
 from cifar_ft.recipes import Recipe
-from cifar_ft.results import accuracy_text, load_run, newest_run, predict_logits, runs_root, wilson_interval
+from cifar_ft.results import accuracy_text, load_run, newest_run, predict_logits, runs_root
 from cifar_ft.sources import show_path
 from cifar_ft.surgery import build_model
 from cifar_ft.transforms import eval_transform
@@ -37,19 +34,13 @@ __all__ = [
     "Prediction",
     "PredictionError",
     "Predictor",
-    "export_shipped",
-    "predict_paths",
     "read_image",
     "square",
-    "write_csv",
 ]
 
 BATCH = 64  # pictures in memory at a time
 SHIPPED = Path(__file__).resolve().parent / "assets" / "model.safetensors"
-SHIPPED_BYTES = 10_000_000
-SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
 TRAIN = "train one with `python -m cifar_ft train --recipe quick`"
-COLUMNS = ("path", "label", "probability", "error")
 
 
 class PredictionError(CifarFtError, RuntimeError):
@@ -180,7 +171,7 @@ class Predictor:
 
     def predict_proba(self, images, *, fit: str = "crop") -> np.ndarray:
         """Probabilities, float32 [N, 10] in class order, for what `predict` accepts."""
-        parts = [self._probabilities(torch.stack(batch)) for batch in _chunks(_squares(images, fit))]
+        parts = [self._probabilities(torch.stack(batch)) for batch in chunks(_squares(images, fit))]
         return np.concatenate(parts) if parts else np.zeros((0, len(CLASSES)), np.float32)
 
     def _probabilities(self, images: Tensor) -> np.ndarray:
@@ -219,7 +210,7 @@ def _squares(images, fit: str) -> Iterator[Tensor]:
             raise ImageError(f"image {position} of the batch (counted from 0): {error}") from error
 
 
-def _chunks(items: Iterable, size: int = BATCH) -> Iterator[list]:
+def chunks(items: Iterable, size: int = BATCH) -> Iterator[list]:
     items = iter(items)
     while chunk := list(itertools.islice(items, size)):
         yield chunk
@@ -247,12 +238,12 @@ def _read_weights(file: Path, advice: str) -> tuple[dict[str, Tensor], dict[str,
     except Exception as error:  # a damaged file can cause any
         message = f"{show_path(file)} is damaged or incomplete ({one_line(error)}); {advice}"
         raise PredictionError(message) from error
-    if bad := _not_finite(state):
+    if bad := not_finite(state):
         raise PredictionError(f"{show_path(file)}: {bad} holds values that are not finite; {advice}")
     return state, metadata
 
 
-def _not_finite(state: dict[str, Tensor]) -> str:
+def not_finite(state: dict[str, Tensor]) -> str:
     """The first tensor with a NaN or an infinity, if any."""
     floats = ((name, values) for name, values in state.items() if values.is_floating_point())
     return next((name for name, values in floats if not values.isfinite().all()), "")
@@ -270,89 +261,8 @@ def _rebuild(recipe: Recipe, backbone: str, state: dict[str, Tensor], source: st
     return model.requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
-def predict_paths(paths, predictor: Predictor, *, fit: str = "crop") -> Iterator[dict]:
-    """Predict files and folders; a bad one is reported in its row and does not stop the others.
-
-    Parameters
-    ----------
-    paths : path or iterable of paths
-        A folder stands for all pictures in it and below, sorted, without hidden ones.
-    predictor : Predictor
-    fit : {"crop", "pad"}
-
-    Yields
-    ------
-    dict
-        One for each picture, in order: path (str), label ("" on error), probability (None on error), error
-        ("" if none). A folder without pictures gives one row with an error.
-    """
-    paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
-    for chunk in _chunks(_files(paths)):
-        rows, pictures = [], []
-        for path, error in chunk:
-            name = os.fsdecode(path) if isinstance(path, (str, os.PathLike)) else type(path).__name__
-            rows.append({"path": name, "label": "", "probability": None, "error": error})
-            try:
-                if not error:
-                    pictures.append((rows[-1], square(read_image(path), fit)))
-            except ImageError as problem:
-                rows[-1]["error"] = str(problem)
-        for (row, _), answer in zip(pictures, predictor.predict([picture for _, picture in pictures]), strict=True):
-            row.update(label=answer.label, probability=answer.probability)
-        yield from rows
-
-
-def _files(paths: Iterable) -> Iterator[tuple[object, str]]:
-    """Each path, folders opened, with what is wrong with it ("" if nothing is yet)."""
-    for path in paths:
-        folder = os.path.expanduser(path) if isinstance(path, (str, os.PathLike)) else ""
-        if not os.path.isdir(folder):
-            yield path, ""
-            continue
-        found, failures = False, []
-        for root, folders, names in os.walk(folder, onerror=failures.append):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(names):
-                if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):
-                    found = True
-                    yield os.path.join(root, name), ""
-        for failure in failures:
-            yield failure.filename, f"this folder cannot be read: {failure.strerror}"
-        if not found and not failures:
-            yield path, f"there are no pictures in this folder; looked for {' '.join(sorted(SUFFIXES))}"
-
-
-def write_csv(rows: Iterable[dict], file) -> tuple[int, int]:
-    """Write the rows of `predict_paths` as CSV (UTF-8) as they come.
-
-    Parameters
-    ----------
-    rows : iterable of dict
-    file : path or text stream
-        A file appears under its name only when it is complete.
-
-    Returns
-    -------
-    (int, int)
-        Rows in all, and rows with an error.
-    """
-    if not hasattr(file, "write"):
-        with (
-            _replacing(Path(os.path.expanduser(file))) as temporary,
-            open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as stream,
-        ):
-            return write_csv(rows, stream)
-    total = failed = 0
-    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow(row)
-        total, failed = total + 1, failed + bool(row["error"])
-    return total, failed
-
-
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary file that takes the place of `path` if nothing fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -364,65 +274,3 @@ def _replacing(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def export_shipped(run_dir: str | os.PathLike, target: str | os.PathLike | None = None) -> Path:
-    """Write a run's model as the one that the package ships: half precision, below 10 MB, with its origin.
-
-    Parameters
-    ----------
-    run_dir : path of a finished run
-    target : path, optional
-        By default the package's own `assets/model.safetensors`.
-
-    Returns
-    -------
-    Path
-        The file. Its metadata, JSON where not plain text: recipe, backbone, weights (what training started
-        from, with digest and licence), data (digest), metrics (test accuracy with its 95 % interval),
-        classes, created, cifar_ft.
-
-    Raises
-    ------
-    PredictionError
-        When the model is too large or does not fit half precision.
-    """
-    target = Path(os.path.expanduser(target)) if target else SHIPPED
-    run, model = load_run(Path(os.path.expanduser(run_dir))), Predictor.from_run(run_dir).model
-    state = {
-        name: (values.half() if values.is_floating_point() else values).cpu().contiguous()
-        for name, values in model.state_dict().items()
-    }
-    if large := _not_finite(state):
-        raise PredictionError(f"{large} has values too large for half precision; this model cannot be shipped")
-    data = to_safetensors(state, _metadata(run))
-    if len(data) > SHIPPED_BYTES:
-        sizes = f"{len(data) / 1e6:.1f} MB and may take {SHIPPED_BYTES / 1e6:.0f}"
-        advice = "ship a run with backbone=efficientnet_lite0"
-        raise PredictionError(f"the model of {show_path(run.path)} takes {sizes}; {advice}")
-    with _replacing(target) as temporary:
-        temporary.write_bytes(data)
-    return target
-
-
-def _metadata(run) -> dict[str, str]:
-    recipe, weights, n = run.recipe, dict(run.config["weights"]), len(run.labels)
-    if recipe.weights not in ("imagenet", "none"):  # a path of this machine says nothing elsewhere
-        recipe = recipe.replace(weights=Path(recipe.weights).name)
-        weights["source"] = f"the file {recipe.weights}"
-    metrics = {
-        "test_accuracy": run.accuracy,
-        "test_accuracy_ci95": wilson_interval(run.correct, n),
-        "test_images": n,
-    }
-    return {
-        "format": "pt",
-        "recipe": json.dumps(recipe.to_dict()),
-        "backbone": weights["backbone"],
-        "weights": json.dumps({key: weights.get(key) for key in ("weights", "source", "sha256", "licence")}),
-        "data": json.dumps(run.config.get("data", {})),
-        "metrics": json.dumps(metrics),
-        "classes": json.dumps(CLASSES),
-        "created": datetime.date.today().isoformat(),
-        "cifar_ft": __version__,
-    }

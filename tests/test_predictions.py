@@ -21,16 +21,15 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from cifar_ft import CifarFtError, predictions
+from cifar_ft import CifarFtError, predictions, shipping
 from cifar_ft.data import CLASSES, load_samples
+from cifar_ft.folders import predict_paths, write_csv
 from cifar_ft.predictions import (
     ImageError,
     PredictionError,
     Predictor,
-    predict_paths,
     read_image,
     square,
-    write_csv,
 )
 from cifar_ft.recipes import get_recipe
 from cifar_ft.results import RunError, predict_logits
@@ -517,7 +516,7 @@ def test_the_shipped_model_predicts_as_its_run_and_says_what_made_it(run_dir, sa
     from safetensors import safe_open
 
     target = tmp_path / "shipped.safetensors"
-    assert predictions.export_shipped(run_dir, target) == target
+    assert shipping.export_shipped(run_dir, target) == target
     assert {file.name for file in tmp_path.iterdir()} == {"runs", target.name}
     state = load_file(target)
     assert {t.dtype for t in state.values()} == {torch.float16, torch.int64}
@@ -544,7 +543,7 @@ def test_the_shipped_model_holds_no_path_of_the_machine_it_was_made_on(run_dir, 
     config["recipe"]["weights"] = "/home/somebody/secret/r18.pth"
     config["weights"]["source"] = "the file /home/somebody/secret/r18.pth"
     (run_dir / "config.json").write_text(json.dumps(config))
-    content = predictions.export_shipped(run_dir, tmp_path / "m.safetensors").read_bytes()
+    content = shipping.export_shipped(run_dir, tmp_path / "m.safetensors").read_bytes()
     assert b"r18.pth" in content
     assert b"somebody" not in content
     assert str(tmp_path).encode() not in content
@@ -553,13 +552,13 @@ def test_the_shipped_model_holds_no_path_of_the_machine_it_was_made_on(run_dir, 
 def test_a_model_that_is_too_large_or_out_of_range_is_not_shipped(run_dir, tmp_path, monkeypatch):
     target = tmp_path / "m.safetensors"
     target.write_bytes(b"the one before")
-    monkeypatch.setattr(predictions, "SHIPPED_BYTES", 100_000)
+    monkeypatch.setattr(shipping, "SHIPPED_BYTES", 100_000)
     with pytest.raises(PredictionError, match=r"takes 0\.3 MB and may take 0; ship a run with backbone="):
-        predictions.export_shipped(run_dir, target)
+        shipping.export_shipped(run_dir, target)
     state = load_file(run_dir / "model.safetensors")
     save_file({**state, "fc.bias": torch.full((10,), 1e6)}, run_dir / "model.safetensors")
     with pytest.raises(PredictionError, match=r"fc.bias has values too large for half precision"):
-        predictions.export_shipped(run_dir, target)
+        shipping.export_shipped(run_dir, target)
     assert target.read_bytes() == b"the one before"
 
 
@@ -572,7 +571,7 @@ def test_newest_run_first_then_the_shipped_model_then_a_clear_error(run_dir, tmp
     monkeypatch.setattr(predictions, "SHIPPED", tmp_path / "absent.safetensors")
     with pytest.raises(PredictionError, match="no shipped model; train one with"):
         Predictor.newest_or_shipped(echo=said.append)
-    predictions.export_shipped(run_dir)
+    shipping.export_shipped(run_dir)
     assert "the shipped model" in Predictor.newest_or_shipped(echo=said.append).source
     predictions.SHIPPED.write_bytes(predictions.SHIPPED.read_bytes()[:-10])
     with pytest.raises(PredictionError, match=r"damaged.*install the package again"):

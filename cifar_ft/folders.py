@@ -1,0 +1,95 @@
+"""Many files at once: predict paths and folders of any size, and write the answers as CSV while they come."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from cifar_ft.pictures import ImageError, read_image, square
+from cifar_ft.predictions import Predictor, chunks, replacing
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
+COLUMNS = ("path", "label", "probability", "error")
+
+
+def predict_paths(paths, predictor: Predictor, *, fit: str = "crop") -> Iterator[dict]:
+    """Predict files and folders; a bad one is reported in its row and does not stop the others.
+
+    Parameters
+    ----------
+    paths : path or iterable of paths
+        A folder stands for all pictures in it and below, sorted, without hidden ones.
+    predictor : Predictor
+    fit : {"crop", "pad"}
+
+    Yields
+    ------
+    dict
+        One for each picture, in order: path (str), label ("" on error), probability (None on error), error
+        ("" if none). A folder without pictures gives one row with an error.
+    """
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    for chunk in chunks(_files(paths)):
+        rows, pictures = [], []
+        for path, error in chunk:
+            name = os.fsdecode(path) if isinstance(path, (str, os.PathLike)) else type(path).__name__
+            rows.append({"path": name, "label": "", "probability": None, "error": error})
+            try:
+                if not error:
+                    pictures.append((rows[-1], square(read_image(path), fit)))
+            except ImageError as problem:
+                rows[-1]["error"] = str(problem)
+        for (row, _), answer in zip(pictures, predictor.predict([picture for _, picture in pictures]), strict=True):
+            row.update(label=answer.label, probability=answer.probability)
+        yield from rows
+
+
+def _files(paths: Iterable) -> Iterator[tuple[object, str]]:
+    """Each path, folders opened, with what is wrong with it ("" if nothing is yet)."""
+    for path in paths:
+        folder = os.path.expanduser(path) if isinstance(path, (str, os.PathLike)) else ""
+        if not os.path.isdir(folder):
+            yield path, ""
+            continue
+        found, failures = False, []
+        for root, folders, names in os.walk(folder, onerror=failures.append):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(names):
+                if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):
+                    found = True
+                    yield os.path.join(root, name), ""
+        for failure in failures:
+            yield failure.filename, f"this folder cannot be read: {failure.strerror}"
+        if not found and not failures:
+            yield path, f"there are no pictures in this folder; looked for {' '.join(sorted(SUFFIXES))}"
+
+
+def write_csv(rows: Iterable[dict], file) -> tuple[int, int]:
+    """Write the rows of `predict_paths` as CSV (UTF-8) as they come.
+
+    Parameters
+    ----------
+    rows : iterable of dict
+    file : path or text stream
+        A file appears under its name only when it is complete.
+
+    Returns
+    -------
+    (int, int)
+        Rows in all, and rows with an error.
+    """
+    if not hasattr(file, "write"):
+        with (
+            replacing(Path(os.path.expanduser(file))) as temporary,
+            open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as stream,
+        ):
+            return write_csv(rows, stream)
+    total = failed = 0
+    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow(row)
+        total, failed = total + 1, failed + bool(row["error"])
+    return total, failed
