@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from cifar_ft import CifarFtError
 from cifar_ft.data import CLASSES, Split
+from cifar_ft.evaluation import predict_logits
 from cifar_ft.pictures import ImageError, one_line, read_image, square
 from cifar_ft.recipes import Recipe
-from cifar_ft.results import accuracy_text, load_run, newest_run, predict_logits, runs_root
+from cifar_ft.results import accuracy_text, load_run, newest_run, runs_root
 from cifar_ft.sources import show_path
 from cifar_ft.surgery import build_model
 from cifar_ft.transforms import eval_transform

@@ -8,8 +8,8 @@ from torch import nn
 
 from cifar_ft import surgery, transforms
 from cifar_ft.data import Split
+from cifar_ft.evaluation import evaluating
 from cifar_ft.recipes import Recipe
-from cifar_ft.results import evaluating
 
 
 def fit_head(model: nn.Module, train: Split, recipe: Recipe, decay: float = 1e-4) -> float:

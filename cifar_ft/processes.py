@@ -11,8 +11,8 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
 from cifar_ft.data import Split
+from cifar_ft.evaluation import predict_logits
 from cifar_ft.recipes import Recipe
-from cifar_ft.results import predict_logits
 from cifar_ft.surgery import is_frozen_batchnorm
 from cifar_ft.transforms import eval_transform
 
