@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from cifar_ft.data import Split
 from cifar_ft.evaluation import predict_logits
+from cifar_ft.freezing import is_frozen_batchnorm
 from cifar_ft.recipes import Recipe
-from cifar_ft.surgery import is_frozen_batchnorm
 from cifar_ft.transforms import eval_transform
 
 ASK_EVERY = 10  # steps between two questions to all processes whether one of them was told to stop

@@ -36,7 +36,18 @@ HISTORY = (
     "seconds",
 )
 # The modules whose code decides the weights that a run ends with.
-DECISIVE = ("backbones", "convolutions", "data", "optimization", "probe", "steps", "surgery", "training", "transforms")
+DECISIVE = (
+    "backbones",
+    "convolutions",
+    "data",
+    "freezing",
+    "optimization",
+    "probe",
+    "steps",
+    "surgery",
+    "training",
+    "transforms",
+)
 
 
 def new_run_dir(recipe: Recipe) -> Path:
