@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cifar_ft.training import Training
 
 LOSS_LIMIT = 100.0  # nats; a guess by chance among ten classes costs 2.3
+CHECK_EVERY = 50  # steps between two looks at the loss on a GPU, which would have to be waited for
 
 
 def backward(
@@ -105,6 +106,11 @@ class LossWatch:
         loss = sums[0] / sums[2].clamp(min=1)
         new = ~(loss < LOSS_LIMIT) & (self.step < 0)  # a comparison with NaN is false
         self.step, self.loss = torch.where(new, step, self.step), torch.where(new, loss, self.loss)
+
+    def due(self, steps: int, recipe: Recipe) -> bool:
+        """Whether to look behind so many steps of the epoch: always on a CPU, on a GPU at times and before a save."""
+        saved = recipe.checkpoint_steps and steps % recipe.checkpoint_steps == 0
+        return bool(saved) or self.step.device.type == "cpu" or steps % CHECK_EVERY == 0
 
     def check(self, training: Training, batches: EpochBatches, split: Split, recipe: Recipe) -> None:
         """Raise a TrainingError where there was such a step: which it was, its images, and what to try."""

@@ -43,8 +43,6 @@ from cifar_ft.speed import keep_memory
 from cifar_ft.steps import LossWatch, backward
 from cifar_ft.tuning import Plan, choose_plan
 
-CHECK_EVERY = 50  # steps between two looks at the loss on a GPU, which would have to be waited for
-
 
 @dataclass
 class Training:
@@ -123,7 +121,7 @@ def train_epoch(
         training.sums += sums
         watch.see(sums, step)
         training.step, training.seconds = step + 1, time.perf_counter() - start
-        if accelerator.device.type == "cpu" or last or (step + 1) % CHECK_EVERY == 0:
+        if last or watch.due(step + 1, recipe):
             watch.check(training, batches, split, recipe)
         if after_step:
             after_step()
@@ -192,6 +190,8 @@ def _fit(recipe: Recipe, data: Cifar10, directory: RunDirectory | None, resume: 
     checkpoint = broadcast_object_list([checkpoint])[0]
     if checkpoint:
         training.restore(checkpoint)
+        if not accelerator.is_main_process:
+            training.sums.zero_()  # what all processes had summed up goes on in the first one
         echo(f"Resuming behind epoch {training.epoch}, step {training.step}")
     else:
         warm_up(recipe, accelerator.unwrap_model(training.model), training.ema, splits["train"], echo)
@@ -205,8 +205,9 @@ def _train(training: Training, splits, recipe: Recipe, accelerator: Accelerator,
 
     def save() -> None:
         share_statistics(accelerator, accelerator.unwrap_model(training.model), training.ema)
+        sums = accelerator.reduce(training.sums.clone(), reduction="sum")
         if directory:
-            directory.save_checkpoint(training.epoch, training.step, training.state())
+            directory.save_checkpoint(training.epoch, training.step, {**training.state(), "sums": sums})
 
     def stop_if(asked: bool) -> None:
         if asked:

@@ -83,6 +83,8 @@ def test_several_processes_are_resumed_as_if_never_stopped(tmp_path, how):
     run, output = train(2, path, settings, "--resume")
     assert "Resuming behind epoch" in output
     assert np.array_equal(run.logits, whole.logits)
+    np.testing.assert_allclose(run.history.train_loss, whole.history.train_loss, rtol=1e-6)
+    assert list(run.history.train_accuracy) == list(whole.history.train_accuracy)
 
 
 def quietly():

@@ -150,6 +150,15 @@ def test_the_first_bad_step_is_remembered_where_nobody_looks_at_each():
     quiet_watch.check(None, None, None, None)
 
 
+@pytest.mark.parametrize(
+    ("device", "checkpoint_steps", "due"),
+    [("cpu", 0, [1, 2, 7, 50, 60]), ("meta", 0, [50]), ("meta", 7, [7, 50]), ("meta", 2, [2, 50, 60])],
+)
+def test_a_gpu_is_looked_at_now_and_then_and_before_each_checkpoint(device, checkpoint_steps, due):
+    watch, mine = steps.LossWatch(torch.device(device)), recipe(checkpoint_steps=checkpoint_steps)
+    assert [step for step in (1, 2, 7, 50, 60) if watch.due(step, mine)] == due
+
+
 # a stop that is asked for
 
 

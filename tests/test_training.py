@@ -304,7 +304,7 @@ def test_comments_and_docstrings_do_not_count_as_code(tmp_path, monkeypatch):
     text = file.read_text()
     file.write_text(text.replace('"""The training loop', '# more\n"""Another loop').replace("    done", "     done"))
     assert records.code_digests() == before
-    file.write_text(text.replace("CHECK_EVERY = 50", "CHECK_EVERY = 51"))
+    file.write_text(text.replace("training.sums += sums", "training.sums -= sums"))
     assert {name for name, digest in records.code_digests().items() if digest != before[name]} == {"training"}
 
 
