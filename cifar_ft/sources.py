@@ -30,9 +30,9 @@ from cifar_ft.downloads import (
     file_digest,
     folder_errors,
     locked,
-    npm_pack,
     show_path,
 )
+from cifar_ft.npm import npm_pack
 from cifar_ft.weights import Weights, fetch_weights, hub_url, read_weights_file, resolve_backbone
 
 __all__ = [

