@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from cifar_ft import CifarFtError, surgery, transforms
 from cifar_ft.data import CLASSES, Cifar10, Split, load_cifar10
 from cifar_ft.recipes import Recipe, get_recipe, parse_overrides
+from cifar_ft.records import peak_memory_mb
 from cifar_ft.results import predict_logits
 
 WORKERS = 0  # loader processes; of 0 and 2, 0 was faster or as fast for every contender on two cores
@@ -244,7 +244,7 @@ def main(
     data = load_cifar10(echo=_silent)
     set_seed(seed)
     trained = _train(name.value, Task(dataclasses.replace(data, train=data.train.subset(images)), recipe, lr))
-    memory = _peak_memory_mb()
+    memory = peak_memory_mb()
     speed, val = images * epochs / trained.seconds, score(trained, data.val, recipe)
     text = f"{trained.settings}; {trained.precision}, num_workers {WORKERS}"
     result = {"name": name.value, "images": images, "size": size, "epochs": epochs, "batch_size": batch_size}
@@ -273,12 +273,6 @@ def _unscored(data: Cifar10) -> Cifar10:
     """The same training images with so few others that scoring them costs nothing."""
     first = torch.arange(len(CLASSES))
     return dataclasses.replace(data, val=data.val.take(first), test=data.test.take(first))
-
-
-def _peak_memory_mb() -> float:
-    """The most memory that this process, without its loader processes, has held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def _silent(*_) -> None:

@@ -17,9 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cifar_ft import surgery, transforms
 from cifar_ft.convolutions import speed_up
-from cifar_ft.data import Split, make_loader
+from cifar_ft.data import Split, load_cifar10, make_loader
 from cifar_ft.optimization import make_optimizer
 from cifar_ft.recipes import Recipe
+from cifar_ft.records import peak_memory_mb
 from cifar_ft.speed import keep_memory
 
 
@@ -132,17 +133,18 @@ def growth(recipe: Recipe, train: Split) -> dict:
 
 
 def _in_a_process(recipe: Recipe, size: int, batch: int) -> dict:
-    code = (
-        "import json, resource, sys; from benchmarks import steps; from cifar_ft.data import load_cifar10; "
-        "from cifar_ft.recipes import Recipe; r = Recipe.from_dict(json.load(sys.stdin)); steps.keep_memory(); "
-        "s = steps.course_loop(r, load_cifar10(echo=lambda _: None).train.subset(2560), 'bf16'); "
-        "f = steps.alternate({'course': s}, r.batch_size, 3, max(2, 256 // r.batch_size))['course']; "
-        "print(json.dumps([f['images_per_second'], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))"
-    )
     mine = json.dumps(recipe.replace(image_size=size, train_sizes=(), batch_size=batch).to_dict())
-    done = subprocess.run([sys.executable, "-c", code], input=mine, capture_output=True, text=True, check=True)
-    speed, memory = json.loads(done.stdout.splitlines()[-1])
-    return {"image_size": size, "batch_size": batch, "images_per_second": speed, "peak_memory_mb": memory}
+    command = [sys.executable, "-m", "benchmarks.steps"]
+    done = subprocess.run(command, input=mine, stdout=subprocess.PIPE, text=True, check=True)
+    return {"image_size": size, "batch_size": batch, **json.loads(done.stdout)}
+
+
+def measure(recipe: Recipe) -> dict:
+    """Images a second of a recipe's step in bf16, and the most memory that this process has held."""
+    keep_memory()
+    loop = course_loop(recipe, load_cifar10(echo=_silent).train.subset(2560), "bf16")
+    speed = alternate({"course": loop}, recipe.batch_size, 3, max(2, 256 // recipe.batch_size))["course"]
+    return {"images_per_second": speed["images_per_second"], "peak_memory_mb": peak_memory_mb()}
 
 
 def start_up(repeats: int = 3) -> dict:
@@ -168,3 +170,7 @@ def _endless(loader: Callable):
 
 def _silent(*_) -> None:
     return None
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Recipe.from_dict(json.load(sys.stdin)))))

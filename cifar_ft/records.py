@@ -135,7 +135,7 @@ def write_run(
         "test_accuracy_flip_tta": None if mirrored is None else (mirrored.argmax(1) == labels).float().mean().item(),
         "train_seconds": sum(row["seconds"] for row in history),
         "images_per_second": train_images * recipe.epochs / training_seconds,
-        "peak_memory_mb": _peak_memory_mb(),
+        "peak_memory_mb": peak_memory_mb(),
         "hardware": hardware(),
         "versions": _versions(),
     }
@@ -164,7 +164,8 @@ def _csv(rows: list[dict]) -> bytes:
     return text.getvalue().encode()
 
 
-def _peak_memory_mb() -> float:
+def peak_memory_mb() -> float:
+    """The most memory so far: of the GPU where there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     try:
