@@ -7,12 +7,8 @@ Each command puts its section into results/benchmarks.json. Run on an idle machi
 from __future__ import annotations
 
 import json
-import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -22,7 +18,6 @@ from cifar_ft.recipes import get_recipe
 from cifar_ft.speed import hardware
 
 FILE = Path("results/benchmarks.json")
-CONTENDERS = ("cifar_ft", "plain", "timm", "trainer", "fastai")
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -51,18 +46,17 @@ def start() -> None:
 
 @app.command()
 def growth() -> None:
-    """Speed and memory against image size and batch size."""
+    """Seconds of an epoch and memory against images, image size and batch size."""
     from benchmarks import steps
 
     recipe = get_recipe("quick", "backbone=efficientnet_lite0 weights=none freeze=none")
-    found = steps.growth(recipe, _data().train)
+    found = steps.growth(recipe)
     _keep("growth", found)
+    line = "{images} images, {image_size} px, batch {batch_size}: {epoch_seconds:.1f} s, {peak_memory_mb:.0f} MB"
     for case in found["cases"]:
-        typer.echo(
-            "{image_size} px, batch {batch_size}: {images_per_second:.0f} images/s, {peak_memory_mb:.0f} MB".format(
-                **case
-            )
-        )
+        typer.echo(line.format(**case))
+    for name, fit in found["fits"].items():
+        typer.echo("{}: {slope:.4g} x + {intercept:.4g}, R squared {r_squared:.3f}".format(name, **fit))
 
 
 @app.command()
@@ -78,27 +72,19 @@ def speedrun() -> None:
 
 
 @app.command()
-def compare(
-    images: int = 10_000,
-    size: int = 64,
-    epochs: int = 3,
-    seeds: int = 3,
-    test: Annotated[bool, typer.Option(help="Also score the 10,000 test images.")] = True,
-) -> None:
-    """The same work by what a user would pick instead, in turns, a process each."""
-    runs = []
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(seeds):
-            for name in CONTENDERS:
-                out = Path(folder) / f"{name}-{seed}.json"
-                command = [sys.executable, "-m", "benchmarks.contenders", name, "--seed", str(seed), "--out", str(out)]
-                command += ["--images", str(images), "--size", str(size), "--epochs", str(epochs)]
-                subprocess.run([*command, *(["--test"] if test else [])], check=True)
-                runs.append(json.loads(out.read_text("utf-8")))
-                _keep("compare", {"runs": runs})
-    speeds = {name: statistics.median(r["images_per_second"] for r in runs if r["name"] == name) for name in CONTENDERS}
-    for name in CONTENDERS[1:]:
-        typer.echo(f"cifar_ft / {name}: {speeds['cifar_ft'] / speeds[name]:.2f}x the images a second")
+def compare(images: int = 10_000, size: int = 64, epochs: int = 3, again: bool = False) -> None:
+    """The same work by what a user would pick instead, in turns, a process each.
+
+    The first round takes each contender's own learning rate, the others two more; validation picks the best of three.
+    Then the course alone gets as many epochs as fit into the time of the quickest other. Finished runs are kept in the
+    file and not repeated, unless with --again.
+    """
+    from benchmarks import comparison
+
+    known = [] if again else _known().get("compare", {}).get("runs", [])
+    runs = comparison.compare(images, size, epochs, known, lambda runs: _keep("compare", {"runs": runs}))
+    for line in comparison.verdict(runs):
+        typer.echo(line)
 
 
 @app.command()
@@ -112,9 +98,12 @@ def _data():
     return load_cifar10(echo=lambda _: None)
 
 
+def _known() -> dict:
+    return json.loads(FILE.read_text("utf-8")) if FILE.exists() else {}
+
+
 def _keep(section: str, found: dict) -> None:
-    known = json.loads(FILE.read_text("utf-8")) if FILE.exists() else {}
-    known[section] = {**found, "hardware": hardware()}
+    known = {**_known(), section: {**found, "hardware": hardware()}}
     write_atomic(FILE, (json.dumps(known, indent=1) + "\n").encode())
 
 

@@ -126,25 +126,54 @@ def reference_speed(recipe: Recipe, train: Split, rounds: int = 3) -> dict:
     }
 
 
-def growth(recipe: Recipe, train: Split) -> dict:
-    """Seconds for 1,000 images and peak memory against image size and batch size, each in a process of its own."""
-    cases = [(size, 64) for size in (32, 48, 64, 96, 128)] + [(64, batch) for batch in (16, 32, 128, 256)]
-    return {"cases": [_in_a_process(recipe, size, batch) for size, batch in cases]}
+def growth(recipe: Recipe) -> dict:
+    """Seconds of an epoch and peak memory against images, image size and batch size, a process a case, with fits.
+
+    The fits are least squares straight lines (slope, intercept, R squared): an epoch's seconds on its images; seconds
+    for 1,000 images on the image's area in units of 64 x 64 pixels, and on steps for 1,000 images; and MB on the batch.
+    """
+    images, sizes, batches = (1024, 2048, 4096, 8192), (32, 48, 64, 96, 128), (16, 32, 64, 128, 256)
+    cases = {(number, 64, 64) for number in images} | {(2048, size, 64) for size in sizes}
+    cases |= {(2048, 64, batch) for batch in batches}
+    found = {case: _in_a_process(recipe, *case) for case in sorted(cases)}
+
+    def line(cases, x, y) -> dict:
+        xs, ys = [x(found[case]) for case in cases], [y(found[case]) for case in cases]
+        slope, intercept = statistics.linear_regression(xs, ys)
+        return {"slope": slope, "intercept": intercept, "r_squared": statistics.correlation(xs, ys) ** 2}
+
+    def per_1000(row) -> float:
+        return 1000 * row["epoch_seconds"] / row["images"]
+
+    by_batch = [(2048, 64, batch) for batch in batches]
+    fits = {
+        "epoch_seconds_by_images": line(
+            [(n, 64, 64) for n in images], lambda r: r["images"], lambda r: r["epoch_seconds"]
+        ),
+        "seconds_per_1000_by_area": line(
+            [(2048, s, 64) for s in sizes], lambda r: (r["image_size"] / 64) ** 2, per_1000
+        ),
+        "seconds_per_1000_by_steps": line(by_batch, lambda r: 1000 / r["batch_size"], per_1000),
+        "memory_mb_by_batch": line(by_batch, lambda r: r["batch_size"], lambda r: r["peak_memory_mb"]),
+    }
+    return {"backbone": recipe.backbone, "cases": list(found.values()), "fits": fits}
 
 
-def _in_a_process(recipe: Recipe, size: int, batch: int) -> dict:
-    mine = json.dumps(recipe.replace(image_size=size, train_sizes=(), batch_size=batch).to_dict())
+def _in_a_process(recipe: Recipe, images: int, size: int, batch: int) -> dict:
+    changes = {"train_images": images, "image_size": size, "batch_size": batch}
+    mine = json.dumps(recipe.replace(train_sizes=(), **changes).to_dict())
     command = [sys.executable, "-m", "benchmarks.steps"]
     done = subprocess.run(command, input=mine, stdout=subprocess.PIPE, text=True, check=True)
-    return {"image_size": size, "batch_size": batch, **json.loads(done.stdout)}
+    return {"images": images, "image_size": size, "batch_size": batch, **json.loads(done.stdout)}
 
 
 def measure(recipe: Recipe) -> dict:
-    """Images a second of a recipe's step in bf16, and the most memory that this process has held."""
+    """Seconds of an epoch of a recipe's steps in bf16, median of three, and the most memory this process has held."""
     keep_memory()
-    loop = course_loop(recipe, load_cifar10(echo=_silent).train.subset(2560), "bf16")
-    speed = alternate({"course": loop}, recipe.batch_size, 3, max(2, 256 // recipe.batch_size))["course"]
-    return {"images_per_second": speed["images_per_second"], "peak_memory_mb": peak_memory_mb()}
+    loop = course_loop(recipe, load_cifar10(echo=_silent).train.subset(recipe.train_images), "bf16")
+    steps = recipe.train_images // recipe.batch_size
+    speed = alternate({"course": loop}, recipe.batch_size, 3, steps)["course"]["images_per_second"]
+    return {"epoch_seconds": recipe.train_images / speed, "peak_memory_mb": peak_memory_mb()}
 
 
 def start_up(repeats: int = 3) -> dict:

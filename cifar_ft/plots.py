@@ -37,7 +37,8 @@ def use_style() -> None:
     sns.set_theme("notebook", "whitegrid", PALETTE, "DejaVu Sans", font_scale=1.1, rc=rc)
 
 
-def _figure(size: tuple[float, float], rows: int = 1, cols: int = 1, **grid: Any) -> tuple[Figure, Any]:
+def new_figure(size: tuple[float, float], rows: int = 1, cols: int = 1, **grid: Any) -> tuple[Figure, Any]:
+    """A figure of `size` inches in the course's look, with `rows` x `cols` axes (none where `rows` is 0)."""
     use_style()
     fig = Figure(figsize=size, layout="constrained" if rows else None)
     FigureCanvasAgg(fig)
@@ -140,7 +141,7 @@ def image_grid(
     lines = [line for title in titles or () for line in title.split("\n")]
     depth = max((title.count("\n") + 1 for title in titles or ()), default=0)
     step_x, step_y = zoom * width + GAP, zoom * height + GAP + 20 * depth
-    fig, _ = _figure(((ncols * step_x + GAP) / DPI, (rows * step_y + GAP) / DPI), 0, 0)
+    fig, _ = new_figure(((ncols * step_x + GAP) / DPI, (rows * step_y + GAP) / DPI), 0, 0)
     fontsize = np.clip(step_x / max((len(line) for line in lines), default=1), 7, 10)  # 10 dots a letter at 10 pt
     full = np.array([ncols * step_x + GAP, rows * step_y + GAP] * 2)
     for i, picture in enumerate(pictures):
@@ -183,7 +184,7 @@ def prediction_figure(
     order = np.argsort(-probabilities, kind="stable")[:top]
     names = [class_names[i] for i in order]
     true = class_names[true_label] if isinstance(true_label, (int, np.integer)) else true_label
-    fig, (left, right) = _figure((FULL[0], 3.4), 1, 2, width_ratios=(3, 4))
+    fig, (left, right) = new_figure((FULL[0], 3.4), 1, 2, width_ratios=(3, 4))
     _draw(left, _pictures(image[None])[0])
     truth = "" if true is None else f", true label {true} {'✓' if true == names[0] else '✗'}"
     fig.suptitle(f"predicted {names[0]}{truth}", fontsize=14)
@@ -202,7 +203,7 @@ def histogram_channels(images: Any) -> Figure:
     pictures = _pictures(images)
     if pictures.dtype != np.uint8 or pictures.ndim != 4:
         raise ValueError(f"images are {pictures.dtype} {pictures.shape}; give uint8 colour images")
-    fig, ax = _figure(FULL)
+    fig, ax = new_figure(FULL)
     value = np.arange(256)
     look = {"binwidth": 8, "binrange": (0, 256), "element": "step", "fill": False, "ax": ax}
     for channel, (name, color, dash) in enumerate((("red", 1, "-"), ("green", 2, "--"), ("blue", 0, ":"))):
@@ -221,7 +222,7 @@ def histogram_channels(images: Any) -> Figure:
 def _curves(histories: Mapping[str, pd.DataFrame], published: pd.DataFrame | None, what: str) -> Figure:
     """Draw `train_`, `val_` and `test_` + `what` of every history that has them; train is solid."""
     scale, ylabel = {"loss": (1, "cross-entropy loss (nats)"), "accuracy": (100, "accuracy (%)")}[what]
-    fig, ax = _figure(FULL)
+    fig, ax = new_figure(FULL)
     looks = [("published", published, GREY, None)] if published is not None else []
     for i, (label, frame) in enumerate(histories.items()):
         looks.append((label, frame, PALETTE[i % 4], MARKERS[i % 4]))
@@ -267,7 +268,7 @@ def accuracy_curves(histories: Mapping[str, pd.DataFrame], published: pd.DataFra
 
 def lines(frame: pd.DataFrame, x: str, y: str, *, hue: str | None = None, size=FULL, **axes: Any) -> Figure:
     """Draw `y` over `x`, a marked line for each `hue`; `axes` are xlabel, ylabel, title, xscale, ..."""
-    fig, ax = _figure(size)
+    fig, ax = new_figure(size)
     style: dict[str, Any] = {"marker": "o", "color": PALETTE[0]}
     if hue:
         n = frame[hue].nunique()
@@ -296,7 +297,7 @@ def bars(
 ) -> Figure:
     """Bars with their values, lying where `x` is the numeric column, else standing; `axes` as for `lines`."""
     lying = pd.api.types.is_numeric_dtype(frame[x]) and not pd.api.types.is_numeric_dtype(frame[y])
-    fig, ax = _figure(size or (FULL[0], max(2.4, 0.8 + 0.45 * len(frame)) if lying else FULL[1]))
+    fig, ax = new_figure(size or (FULL[0], max(2.4, 0.8 + 0.45 * len(frame)) if lying else FULL[1]))
     colors = {"hue": hue, "palette": list(PALETTE[: frame[hue].nunique()])} if hue else {"color": PALETTE[0]}
     sns.barplot(frame, x=x, y=y, errorbar=None, orient="h" if lying else "v", saturation=1, ax=ax, **colors)
     for container, hatch in zip(ax.containers, HATCHES if hue else [""] * len(ax.containers), strict=False):
@@ -315,7 +316,7 @@ def confusion_matrix(matrix: Any, class_names: Sequence[str]) -> Figure:
     """Heat map of counts, rows true and columns predicted; the colour is the share of the row."""
     matrix = np.asarray(matrix).astype(int)
     share = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    fig, ax = _figure((FULL[0], 6.6))
+    fig, ax = new_figure((FULL[0], 6.6))
     bar = {"label": "share of the true class (%)", "ticks": [0, 1, 5, 20, 50, 100]}
     look = {
         "cmap": "cividis",
@@ -334,7 +335,7 @@ def confusion_matrix(matrix: Any, class_names: Sequence[str]) -> Figure:
 
 def calibration_curve(bins: pd.DataFrame, ece: float) -> Figure:
     """Reliability curve of `results.calibration` above the number of images in each bin of confidence."""
-    fig, (top, low) = _figure((5.6, 5.4), 2, 1, sharex=True, height_ratios=(3, 1))
+    fig, (top, low) = new_figure((5.6, 5.4), 2, 1, sharex=True, height_ratios=(3, 1))
     full = 100 * bins.loc[bins["count"] > 0, ["confidence", "accuracy"]]
     top.plot([0, 100], [0, 100], color=GREY, linestyle="--", label="perfectly calibrated")
     sns.lineplot(full, x="confidence", y="accuracy", color=PALETTE[0], marker="o", label="this model", ax=top)
@@ -349,7 +350,7 @@ def calibration_curve(bins: pd.DataFrame, ece: float) -> Figure:
 def per_class_bars(frame: pd.DataFrame) -> Figure:
     """Accuracy of each class, best first, with its 95 % interval (columns class, accuracy, low, high)."""
     frame = frame.dropna(subset=["accuracy"]).sort_values("accuracy", ascending=False)
-    fig, ax = _figure((FULL[0], max(2.4, 0.9 + 0.36 * len(frame))))
+    fig, ax = new_figure((FULL[0], max(2.4, 0.9 + 0.36 * len(frame))))
     sns.barplot(x=100 * frame["accuracy"], y=frame["class"], color=PALETTE[0], saturation=1, ax=ax)
     _whiskers(ax, frame, "accuracy", "black")
     for row, (value, high) in enumerate(zip(frame["accuracy"], frame["high"], strict=True)):
@@ -367,7 +368,7 @@ def _whiskers(ax: Axes, frame: pd.DataFrame, value: str, color: str, **style: An
 
 def run_comparison(frame: pd.DataFrame) -> Figure:
     """Test accuracy and 95 % interval of each row of `results.compare_runs`, with its training time."""
-    fig, ax = _figure((FULL[0], 1.4 + 0.5 * len(frame)))
+    fig, ax = new_figure((FULL[0], 1.4 + 0.5 * len(frame)))
     _whiskers(ax, frame, "test_accuracy", PALETTE[0], marker="o", markersize=8)
     names = []
     for row, run in enumerate(frame.to_dict("records")):

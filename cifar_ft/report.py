@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from cifar_ft import plots, results
+from cifar_ft import charts, plots, results
 from cifar_ft.data import CLASSES, load_samples
 from cifar_ft.execution import CourseError, checkout, publish
 from cifar_ft.predictions import Predictor
@@ -61,7 +61,7 @@ def write_report(root: str | Path | None = None) -> list[Path]:
     if not block.search(text):
         raise CourseError(f"README.md has no place for results; add the lines {START} and {END}")
     readme.write_text(block.sub(lambda _: results_table(runs), text), "utf-8")
-    return [readme, *_pictures(root / "images", runs[0])]
+    return [readme, *_pictures(root / "images", runs[0]), *_charts(root)]
 
 
 def _pictures(folder: Path, run: results.Run) -> list[Path]:
@@ -94,6 +94,18 @@ def _pictures(folder: Path, run: results.Run) -> list[Path]:
         "calibration": plots.calibration_curve(bins, ece),
     }
     return [plots.save_figure(figure, folder / f"{name}.png") for name, figure in figures.items()]
+
+
+def _charts(root: Path) -> list[Path]:
+    """The pictures of what `benchmarks/` measured, as far as it has."""
+    file = root / "results" / "benchmarks.json"
+    found = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    figures = {}
+    if "compare" in found:
+        figures["speed_comparison"] = charts.comparison_chart(found["compare"]["runs"])
+    if "growth" in found:
+        figures["speed_growth"] = charts.growth_chart(found["growth"])
+    return [plots.save_figure(figure, root / "images" / f"{name}.png") for name, figure in figures.items()]
 
 
 def record(out: str | Path, root: str | Path | None = None) -> list[Path]:
