@@ -136,6 +136,39 @@ def _fetch(parameters) -> None:
         typer.echo(f"Weights: {backbone}, {weights.name}, from {weights.source}\n")
 
 
+studies = typer.Typer(help="Recorded experiments, on the validation split alone.", no_args_is_help=True)
+app.add_typer(studies, name="study")
+Table = Annotated[Path, typer.Option("--out", help="The CSV file to go on with.")]
+
+
+@studies.command("try")
+def try_(
+    recipe: Annotated[str, typer.Option(help="Name of the recipe.")] = "cpu",
+    overrides: Overrides = (),
+    note: Annotated[str, typer.Option(help="Why, in a few words.")] = "",
+    out: Table = Path("results/search.csv"),
+) -> None:
+    """Train a recipe, score it on validation alone, and add a row to the search log."""
+    from cifar_ft.data import load_cifar10
+    from cifar_ft.studies import log_try
+
+    get_recipe(recipe, list(overrides))  # a mistake is told before the data is loaded
+    row = log_try(recipe, list(overrides), load_cifar10(echo=typer.echo), out, note, typer.echo)
+    typer.echo(f"validation {row['val_accuracy']:.2%} in {row['minutes']:.1f} min; added to {out}")
+
+
+@studies.command()
+def ablations(
+    seeds: Annotated[list[int], typer.Option("--seed", help="Repeatable.")] = (0, 1, 2),
+    out: Table = Path("results/ablations.csv"),
+) -> None:
+    """Train every variant with every seed that the table does not have yet."""
+    from cifar_ft.data import load_cifar10
+    from cifar_ft.studies import run_ablations
+
+    run_ablations(load_cifar10(echo=typer.echo), out, seeds, echo=typer.echo)
+
+
 @app.command()
 def report() -> None:
     """Rewrite the result tables of the README and the pictures in images/ from results/."""

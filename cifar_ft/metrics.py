@@ -142,6 +142,70 @@ def calibration(labels: Any, probabilities: Any, bins: int = 15) -> tuple[pd.Dat
     return frame.assign(count=count, low_edge=edges[:-1].numpy(), high_edge=edges[1:].numpy()), ece
 
 
+def fit_temperature(logits: Any, labels: Any) -> float:
+    """The temperature T for which softmax(logits / T) has the least cross-entropy (Guo et al., ICML 2017).
+
+    Parameters
+    ----------
+    logits : float [N, C]; labels : int [N]
+        Of a split that was neither trained on nor is scored afterwards: validation.
+
+    Returns
+    -------
+    float
+        Above 1 for a model that is too sure of itself; between 0.05 and 20.
+    """
+    logits = torch.as_tensor(np.asarray(logits), dtype=torch.float64)
+    if logits.ndim != 2 or not logits.isfinite().all():
+        raise ResultError(f"logits have shape {tuple(logits.shape)}; expected finite numbers [N, classes]")
+    targets = torch.from_numpy(checked_classes(labels, "labels", logits.shape[1], len(logits)))
+    inverse = torch.zeros((), dtype=torch.float64, requires_grad=True)  # log of 1 / T: the loss is convex in 1 / T
+    optimizer = torch.optim.LBFGS([inverse], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = torch.nn.functional.cross_entropy(logits * inverse.exp(), targets)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return float(np.clip(math.exp(-inverse.item()), 0.05, 20))
+
+
+def energy(logits: Any) -> np.ndarray:
+    """How much a model recognises in each image: log of the sum of exp(logits), [N, C] to [N].
+
+    It is the negative of the energy of Liu et al., NeurIPS 2020: low for images unlike those trained on.
+    """
+    return torch.as_tensor(np.asarray(logits)).double().logsumexp(dim=1).numpy()
+
+
+def fit_calibration(logits: Any, labels: Any, false_alarms: float = 0.02) -> dict[str, float]:
+    """What makes a model's answers honest, from its logits on validation: temperature, and lowest familiar energy.
+
+    `lowest_energy` is the energy below which a share `false_alarms` of the validation images lies: images below it
+    are called unlike anything trained on.
+    """
+    temperature = fit_temperature(logits, labels)
+    lowest = float(np.quantile(energy(logits), false_alarms))
+    return {"temperature": temperature, "lowest_energy": lowest, "false_alarms": false_alarms}
+
+
+def selective_accuracy(labels: Any, probabilities: Any) -> pd.DataFrame:
+    """Accuracy on the images answered when only the surest are: columns coverage, threshold, accuracy.
+
+    One row for each number of images answered, from the surest alone to all; coverage is their share, threshold the
+    lowest probability among them (El-Yaniv and Wiener, JMLR 11, 2010).
+    """
+    labels, probabilities = _scored(labels, probabilities)
+    sure = probabilities.max(axis=1)
+    order = np.argsort(-sure, kind="stable")
+    right = (probabilities.argmax(axis=1) == labels)[order]
+    answered = np.arange(1, len(labels) + 1)
+    columns = {"coverage": answered / len(labels), "threshold": sure[order], "accuracy": right.cumsum() / answered}
+    return pd.DataFrame(columns)
+
+
 def most_confident_mistakes(labels: Any, probabilities: Any, k: int = 16) -> pd.DataFrame:
     """The `k` wrong predictions of highest probability: columns index, label, prediction, probability."""
     labels, probabilities = _scored(labels, probabilities)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from cifar_ft import CifarFtError
 from cifar_ft.data import CLASSES, Split
 from cifar_ft.evaluation import predict_logits
+from cifar_ft.metrics import energy
 from cifar_ft.pictures import ImageError, one_line, read_image, square
 from cifar_ft.recipes import Recipe
 from cifar_ft.results import accuracy_text, load_run, newest_run, runs_root
@@ -61,12 +62,15 @@ class Prediction:
     probability : float
     probabilities : dict of str to float
         All classes in class order; with `top_k`, only the most probable ones, best first.
+    unknown : bool or None
+        Whether the picture is unlike anything in CIFAR-10; None where the model was not calibrated.
     """
 
     label: str
     index: int
     probability: float
     probabilities: dict[str, float]
+    unknown: bool | None = None
 
     def top(self, k: int = 5) -> list[tuple[str, float]]:
         """The `k` most probable classes with their probabilities, best first."""
@@ -86,6 +90,9 @@ class Predictor:
     recipe : Recipe
     source : str
         Which model this is, in one phrase.
+    calibration : dict or None
+        What validation says about its answers (`metrics.fit_calibration`): the temperature that makes its
+        probabilities honest, and the energy below which a picture is unlike anything trained on.
 
     Examples
     --------
@@ -94,8 +101,16 @@ class Predictor:
     truck (99.1 %)
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, source: str, precision: str = "fp32"):
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        source: str,
+        precision: str = "fp32",
+        calibration: dict[str, float] | None = None,
+    ):
         self.model, self.recipe, self.source, self.precision = model.eval(), recipe, source, precision
+        self.calibration = calibration
 
     def __repr__(self) -> str:
         return f"Predictor({self.source})"
@@ -119,7 +134,7 @@ class Predictor:
         with _described(run.path / "config.json", advice):
             recipe, backbone = run.recipe, run.config["weights"]["backbone"]
         state, _ = _read_weights(run.path / "model.safetensors", advice)
-        return cls(_rebuild(recipe, backbone, state, source), recipe, source, precision)
+        return cls(_rebuild(recipe, backbone, state, source), recipe, source, precision, run.metrics.get("calibration"))
 
     @classmethod
     def shipped(cls, precision: str = "fp32") -> Predictor:
@@ -130,11 +145,11 @@ class Predictor:
         state, metadata = _read_weights(SHIPPED, advice)
         with _described(SHIPPED, advice):
             recipe, backbone = Recipe.from_dict(json.loads(metadata["recipe"])), metadata["backbone"]
-            metrics = json.loads(metadata["metrics"])
+            metrics, calibration = json.loads(metadata["metrics"]), json.loads(metadata.get("calibration", "null"))
             n, accuracy = metrics["test_images"], metrics["test_accuracy"]
             score = f"{accuracy_text(round(accuracy * n), n)} on {n:,} test images"
         source = f"the shipped model (recipe {recipe.name}, {backbone}, {score})"
-        return cls(_rebuild(recipe, backbone, state, source), recipe, source, precision)
+        return cls(_rebuild(recipe, backbone, state, source), recipe, source, precision, calibration)
 
     @classmethod
     def newest_or_shipped(cls, run_dir: str | os.PathLike = "", echo=print) -> Predictor:
@@ -168,25 +183,40 @@ class Predictor:
             For the first picture that cannot be read, with its position; `predict_paths` goes on instead.
         """
         k = None if top_k is None else _checked_k(top_k)
-        return [_prediction(row, k) for row in self.predict_proba(images, fit=fit).tolist()]
+        logits = self._logits(images, fit)
+        return [
+            _prediction(row, k, unknown)
+            for row, unknown in zip(self._probabilities(logits).tolist(), self._unknown(logits), strict=True)
+        ]
 
     def predict_proba(self, images, *, fit: str = "crop") -> np.ndarray:
-        """Probabilities, float32 [N, 10] in class order, for what `predict` accepts."""
-        parts = [self._probabilities(torch.stack(batch)) for batch in chunks(_squares(images, fit))]
-        return np.concatenate(parts) if parts else np.zeros((0, len(CLASSES)), np.float32)
+        """Calibrated probabilities, float32 [N, 10] in class order, for what `predict` accepts."""
+        return self._probabilities(self._logits(images, fit)).numpy()
 
-    def _probabilities(self, images: Tensor) -> np.ndarray:
+    def _logits(self, images, fit: str) -> Tensor:
+        parts = [self._batch_logits(torch.stack(batch)) for batch in chunks(_squares(images, fit))]
+        return torch.cat(parts) if parts else torch.zeros(0, len(CLASSES))
+
+    def _batch_logits(self, images: Tensor) -> Tensor:
         split = SimpleNamespace(images=images)
         logits = predict_logits(self.model, split, eval_transform(self.recipe), precision=self.precision)
         if not logits.isfinite().all():
             raise PredictionError(f"{self.source} gives values that are not finite; use another run")
-        return logits.softmax(dim=1).numpy()
+        return logits
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        return (logits / (self.calibration or {}).get("temperature", 1.0)).softmax(dim=1)
+
+    def _unknown(self, logits: Tensor) -> list[bool | None]:
+        if not self.calibration:
+            return [None] * len(logits)
+        return (energy(logits) < self.calibration["lowest_energy"]).tolist()
 
 
-def _prediction(row: list[float], k: int | None) -> Prediction:
+def _prediction(row: list[float], k: int | None, unknown: bool | None) -> Prediction:
     order = sorted(range(len(row)), key=lambda i: -row[i])
     kept = range(len(row)) if k is None else order[:k]
-    return Prediction(CLASSES[order[0]], order[0], row[order[0]], {CLASSES[i]: row[i] for i in kept})
+    return Prediction(CLASSES[order[0]], order[0], row[order[0]], {CLASSES[i]: row[i] for i in kept}, unknown)
 
 
 def _checked_k(k: int) -> int:

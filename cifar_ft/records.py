@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import cifar_ft
 from cifar_ft.checkpoints import RunDirectory, TrainingError, write_atomic
 from cifar_ft.data import Cifar10, Split
+from cifar_ft.metrics import fit_calibration
 from cifar_ft.recipes import Recipe
 from cifar_ft.results import runs_root, wilson_interval
 from cifar_ft.sources import show_path
@@ -99,6 +100,7 @@ def write_run(
     logits: Tensor,
     labels: Tensor,
     mirrored: Tensor | None,
+    validation: tuple[Tensor, Tensor] | None,
 ) -> None:
     """Write history, logits, weights and, last of all, the final figures, which mark the run as complete.
 
@@ -110,12 +112,15 @@ def write_run(
         Of the weights that are kept.
     logits, labels, mirrored : Tensors [N, 10], [N] and [N, 10] or None
         Of the test images; `mirrored` are averaged with those of the mirror images.
+    validation : logits and labels, or None
+        Of the validation images, to calibrate on.
     """
     path, n = directory.path, len(labels)
     write_atomic(path / "history.csv", _csv(history))
-    buffer = io.BytesIO()
-    np.savez(buffer, logits=logits.numpy(), labels=labels.numpy())
-    write_atomic(path / "test_logits.npz", buffer.getvalue())
+    for split, pair in {"val": validation, "test": (logits, labels)}.items():
+        if pair is not None:
+            np.savez(buffer := io.BytesIO(), logits=pair[0].numpy(), labels=pair[1].numpy())
+            write_atomic(path / f"{split}_logits.npz", buffer.getvalue())
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
     write_atomic(path / "model.safetensors", to_safetensors(weights, {"format": "pt", "backbone": info["backbone"]}))
     correct = int((logits.argmax(1) == labels).sum())
@@ -128,6 +133,7 @@ def write_run(
         "seed": recipe.seed,
         "train_images": train_images,
         "val_accuracy": val_accuracy,
+        "calibration": None if validation is None else fit_calibration(*validation),
         "test_images": n,
         "test_accuracy": correct / n,
         "test_accuracy_ci95": list(wilson_interval(correct, n)),

@@ -32,7 +32,7 @@ def export_shipped(run_dir: str | os.PathLike, target: str | os.PathLike | None 
     Path
         The file. Its metadata, JSON where not plain text: recipe, backbone, weights (what training started
         from, with digest and licence), data (digest), metrics (test accuracy with its 95 % interval),
-        classes, created, cifar_ft.
+        calibration (temperature and lowest familiar energy), classes, created, cifar_ft.
 
     Raises
     ------
@@ -74,6 +74,7 @@ def _metadata(run) -> dict[str, str]:
         "weights": json.dumps({key: weights.get(key) for key in ("weights", "source", "sha256", "licence")}),
         "data": json.dumps(run.config.get("data", {})),
         "metrics": json.dumps(metrics),
+        "calibration": json.dumps(run.metrics.get("calibration")),
         "classes": json.dumps(CLASSES),
         "created": datetime.date.today().isoformat(),
         "cifar_ft": __version__,

@@ -313,6 +313,7 @@ def finish_run(
         model.load_state_dict(training.best["model"])
     logits = gather_logits(model, splits["test"], recipe, accelerator)
     mirrored = gather_logits(model, splits["test"], recipe, accelerator, flip_tta=True) if recipe.flip_tta else None
+    validation = gather_logits(model, splits["val"], recipe, accelerator) if recipe.validation else None
     if directory is None:
         return None
     labels = splits["test"].labels.cpu()
@@ -328,6 +329,7 @@ def finish_run(
         logits=logits,
         labels=labels,
         mirrored=mirrored,
+        validation=None if validation is None else (validation, splits["val"].labels.cpu()),
     )
     run = load_run(directory.path)
     echo(

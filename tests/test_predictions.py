@@ -396,8 +396,8 @@ def test_a_single_picture_gives_a_list_of_one_and_none_gives_none(predictor, sam
 
 def test_a_generator_is_read_a_batch_at_a_time(predictor, samples, monkeypatch):
     read, seen = [], []
-    plain = Predictor._probabilities
-    monkeypatch.setattr(Predictor, "_probabilities", lambda self, x: seen.append((len(x), len(read))) or plain(self, x))
+    plain = Predictor._batch_logits
+    monkeypatch.setattr(Predictor, "_batch_logits", lambda self, x: seen.append((len(x), len(read))) or plain(self, x))
     predictor.predict(read.append(i) or samples.images[i] for i in range(150))
     assert seen == [(64, 64), (64, 128), (22, 150)]
 

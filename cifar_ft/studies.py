@@ -1,0 +1,210 @@
+"""Recorded experiments: tries for a recipe, ablations over seeds, and the published recipe redrawn.
+
+Tries and ablations see the validation split alone; the test set is not even handed to them. Every run becomes one row
+of a CSV file as soon as it is done, so that a study can be stopped, gone on with, and shared between processes.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+import statistics
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pandas as pd
+import torch
+from filelock import FileLock
+
+from cifar_ft import CifarFtError
+from cifar_ft.checkpoints import write_atomic
+from cifar_ft.data import CLASSES, Cifar10
+from cifar_ft.recipes import Recipe, get_recipe, parse_overrides
+from cifar_ft.speed import hardware
+
+# What every ablation starts from: small enough for three seeds of everything on a laptop.
+BASE = (
+    "backbone=efficientnet_lite0 freeze=none train_sizes= image_size=64 epochs=3 train_images=10000 lr=0.02 "
+    "label_smoothing=0.05 ema_decay=0.98"
+)
+# Question: the settings that answer it, each as changes of BASE; "" is BASE itself.
+ABLATIONS: dict[str, dict[str, str]] = {
+    "What are the ImageNet weights worth?": {"ImageNet weights": "", "random weights": "weights=none"},
+    "Which part should be trained?": {
+        "everything": "",
+        "head only": "freeze=backbone",
+        "all but the early stages": "freeze=early",
+        "head fitted first, then everything": "head_fit_images=10000",
+    },
+    "Which input size?": {
+        "32 px": "image_size=32",
+        "64 px": "",
+        "96 px": "image_size=96",
+        "128 px": "image_size=128",
+    },
+    "Which stem, at equal cost?": {
+        "pretrained stem, 64 px": "",
+        "random stem of stride 1, 32 px": "stem=cifar_random image_size=32",
+        "resampled stem of stride 1, 32 px": "stem=cifar_resampled image_size=32",
+    },
+    "Batch 32 or 64?": {"batch 64": "", "batch 32": "batch_size=32", "batch 32, half the lr": "batch_size=32 lr=0.01"},
+    "Which augmentation?": {
+        "crop and flip": "",
+        "crop": "flip=false",
+        "flip": "crop_padding=0",
+        "none": "crop_padding=0 flip=false",
+    },
+    "Which schedule?": {"one cycle": "", "cosine by epoch": "schedule=cosine", "constant": "schedule=constant"},
+    "Label smoothing?": {"0.05": "", "0": "label_smoothing=0", "0.1": "label_smoothing=0.1"},
+    "One learning rate or two?": {"head at 10 times": "", "one for all": "head_lr_factor=1"},
+    "Which normalisation?": {
+        "ImageNet's": "",
+        "CIFAR-10's std": "normalization=cifar10",
+        "the published std": "normalization=cifar10_published",
+    },
+}
+CRITICAL_T = 2.7  # two-sided 99 % of Student's t with some 40 degrees of freedom; there are many comparisons
+
+
+class StudyError(CifarFtError, ValueError):
+    """A study that cannot be begun or read."""
+
+
+def without_test(data: Cifar10) -> Cifar10:
+    """The same data with ten validation images in the place of the test set, which a choice must not see."""
+    return dataclasses.replace(data, test=data.val.take(torch.arange(len(CLASSES)), "no test"))
+
+
+def try_recipe(recipe: Recipe, data: Cifar10, echo=print) -> dict:
+    """Train a recipe and score it on validation alone.
+
+    Returns
+    -------
+    dict
+        val_accuracy and val_loss of the weights kept, best_epoch and best_val_accuracy of the epochs, minutes.
+    """
+    from cifar_ft.training import fit
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = fit(recipe, without_test(data), Path(folder) / "run", echo=echo)
+    last, best = run.history.iloc[-1], run.history.val_accuracy.idxmax()
+    return {
+        "val_accuracy": last.val_accuracy,
+        "val_loss": last.val_loss,
+        "train_accuracy": last.train_accuracy,
+        "best_epoch": int(run.history.epoch[best]),
+        "best_val_accuracy": run.history.val_accuracy[best],
+        "minutes": run.metrics["train_seconds"] / 60,
+    }
+
+
+class Log:
+    """Rows of a CSV file, appended one at a time; several processes may do so at once."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def rows(self) -> list[dict[str, str]]:
+        """All rows so far, values as text."""
+        if not self.path.exists():
+            return []
+        with self.path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    def append(self, row: Mapping[str, object]) -> None:
+        """Add a row; a new file gets the row's keys as columns.
+
+        Raises
+        ------
+        StudyError
+            When the file has other columns.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path.with_name(f".{self.path.name}.lock")):
+            rows = self.rows()
+            if rows and list(rows[0]) != list(row):
+                raise StudyError(f"{self.path.name} has the columns {', '.join(rows[0])}; begin a new file")
+            text = io.StringIO()
+            writer = csv.DictWriter(text, list(row), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows([*rows, {key: _text(value) for key, value in row.items()}])
+            write_atomic(self.path, text.getvalue().encode())
+
+
+def log_try(name: str, changes: Iterable[str], data: Cifar10, path: str | Path, note: str = "", echo=print) -> dict:
+    """Try a recipe with some settings changed, and append what came of it to the search log at `path`."""
+    recipe, changes = get_recipe(name, list(changes)), " ".join(changes)
+    row = {"recipe": name, "changes": changes, "seed": recipe.seed, **try_recipe(recipe, data, echo)}
+    row |= {"note": note, "hardware": hardware()}
+    Log(path).append(row)
+    return row
+
+
+def variants(questions: Mapping[str, Mapping[str, str]] = ABLATIONS) -> list[str]:
+    """The different settings of all questions, the base first."""
+    return list(dict.fromkeys(["", *(changes for each in questions.values() for changes in each.values())]))
+
+
+def run_ablations(data: Cifar10, path: str | Path, seeds: Iterable[int], base: str = BASE, echo=print) -> None:
+    """Train every variant with every seed that the log at `path` does not have yet.
+
+    A seed draws the training images' order and augmentation and the new head; the images are the same.
+    """
+    log = Log(path)
+    for seed in seeds:
+        for changes in variants():
+            if any((row["changes"], row["seed"]) == (changes, str(seed)) for row in log.rows()):
+                continue
+            settings = parse_overrides(base) | parse_overrides(changes) | {"seed": seed}
+            echo(f"seed {seed}: {changes or 'base'}")
+            found = try_recipe(get_recipe("quick", settings), data, echo=lambda _: None)
+            echo(f"    validation {found['val_accuracy']:.2%} in {found['minutes']:.1f} min")
+            log.append({"changes": changes, "seed": seed, **found})
+
+
+def summarize(rows: pd.DataFrame, questions: Mapping[str, Mapping[str, str]] = ABLATIONS) -> pd.DataFrame:
+    """One row for each question and variant.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        Of `run_ablations`: changes, seed, val_accuracy, minutes.
+
+    Returns
+    -------
+    DataFrame
+        question, variant, changes, seeds, mean, std (of val_accuracy over the seeds), minutes (mean), difference
+        (of the mean to the question's first variant), standard_error of it, and distinguishable: whether
+        it exceeds CRITICAL_T standard errors. The errors come from the two variants' own deviations, but at least
+        from the deviation pooled over all variants, since three seeds know little about theirs.
+
+    Raises
+    ------
+    StudyError
+        When a variant has fewer than two seeds.
+    """
+    groups = dict(iter(rows.fillna({"changes": ""}).groupby("changes")))
+    missing = [changes or "the base" for changes in variants(questions) if len(groups.get(changes, ())) < 2]
+    if missing:
+        raise StudyError(f"fewer than two seeds of: {'; '.join(missing)}; run `python -m cifar_ft study ablations`")
+    scores = {changes: group.val_accuracy.tolist() for changes, group in groups.items()}
+    pooled = math.sqrt(statistics.mean(statistics.variance(each) for each in scores.values()))
+    out = []
+    for question, each in questions.items():
+        first = scores[next(iter(each.values()))]
+        for name, changes in each.items():
+            mine = scores[changes]
+            error = math.sqrt(sum(max(statistics.stdev(s), pooled) ** 2 / len(s) for s in (mine, first)))
+            difference = statistics.mean(mine) - statistics.mean(first)
+            row = {"question": question, "variant": name, "changes": changes, "seeds": len(mine)}
+            row |= {"mean": statistics.mean(mine), "std": statistics.stdev(mine)}
+            row |= {"minutes": groups[changes].minutes.mean(), "difference": difference, "standard_error": error}
+            out.append({**row, "distinguishable": abs(difference) > CRITICAL_T * error})
+    return pd.DataFrame(out)
+
+
+def _text(value: object) -> object:
+    return f"{value:.6g}" if isinstance(value, float) else value

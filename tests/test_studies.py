@@ -1,0 +1,118 @@
+"""Studies keep what they measured, never see the test set, and say only what their seeds can tell."""
+
+from __future__ import annotations
+
+import itertools
+
+import pandas as pd
+import pytest
+from tiny_runs import quiet, recipe
+
+from cifar_ft import charts, studies, training
+from cifar_ft.recipes import get_recipe, parse_overrides
+
+QUESTIONS = {"One?": {"base": "", "other": "lr=0.5"}, "Two?": {"base": "", "third": "flip=false"}}
+
+
+def test_every_variant_is_a_recipe_that_differs_from_the_base():
+    base = get_recipe("quick", studies.BASE)
+    assert studies.variants()[0] == ""
+    for changes in studies.variants()[1:]:
+        assert get_recipe("quick", parse_overrides(studies.BASE) | parse_overrides(changes)) != base
+    for question, each in studies.ABLATIONS.items():
+        assert "" in each.values(), f"{question} is not compared with the base"
+
+
+def test_a_study_never_gets_the_test_images(small_data, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "fit", lambda recipe, data, *rest, **more: seen.append(data) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        studies.try_recipe(recipe(), small_data)
+    (data,) = seen
+    validation = {image.numpy().tobytes() for image in small_data.val.images}
+    assert all(image.numpy().tobytes() in validation for image in data.test.images)
+    assert data.train is small_data.train
+
+
+def test_a_try_is_scored_on_validation_and_logged(small_data, tmp_path):
+    file = tmp_path / "search.csv"
+    changes = "backbone=resnet18 weights=none last_stage=1 image_size=16 epochs=3 train_images=none val_images=none"
+    changes = [*changes.split(), "test_images=none", "precision=fp32"]
+    first = studies.log_try("smoke", changes, small_data, file, note="first", echo=quiet)
+    studies.log_try("smoke", [*changes, "lr=0.1"], small_data, file, echo=quiet)
+    rows = studies.Log(file).rows()
+    assert [row["note"] for row in rows] == ["first", ""]
+    assert rows[1]["changes"].endswith("lr=0.1")
+    assert float(rows[0]["val_accuracy"]) == first["val_accuracy"] == round(first["val_accuracy"] * 40) / 40
+    assert first["best_val_accuracy"] >= first["val_accuracy"]
+    assert 1 <= first["best_epoch"] <= 3
+    assert float(rows[0]["minutes"]) > 0
+    with pytest.raises(studies.StudyError, match="columns"):
+        studies.Log(file).append({"other": 1})
+    assert studies.Log(file).rows() == rows
+
+
+def test_ablations_go_on_where_they_were_stopped(small_data, tmp_path, monkeypatch):
+    asked = []
+
+    def fake(recipe, data, echo):
+        asked.append((recipe.lr, recipe.flip, recipe.seed))
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return {"val_accuracy": 0.5, "minutes": 0.1}
+
+    monkeypatch.setattr(studies, "try_recipe", fake)
+    monkeypatch.setattr(studies, "variants", lambda: ["", "lr=0.5", "flip=false"])
+    file = tmp_path / "ablations.csv"
+    with pytest.raises(KeyboardInterrupt):
+        studies.run_ablations(small_data, file, (0, 1), echo=quiet)
+    assert len(studies.Log(file).rows()) == 3
+    studies.run_ablations(small_data, file, (0, 1), echo=quiet)
+    assert asked[4:] == [(0.02, True, 1), (0.5, True, 1), (0.02, False, 1)]
+    rows = studies.Log(file).rows()
+    assert len({(row["changes"], row["seed"]) for row in rows}) == len(rows) == 6
+
+
+def _rows(**accuracies):
+    scores = {"": accuracies["base"], "lr=0.5": accuracies["other"], "flip=false": accuracies["third"]}
+    rows = [
+        {"changes": changes or None, "seed": seed, "val_accuracy": value, "minutes": 1.0}
+        for changes, values in scores.items()
+        for seed, value in enumerate(values)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_a_difference_is_told_from_the_spread_of_seeds():
+    rows = _rows(base=(0.80, 0.81, 0.82), other=(0.70, 0.71, 0.72), third=(0.80, 0.82, 0.84))
+    found = studies.summarize(rows, QUESTIONS).set_index("variant")
+    other, third = found.loc["other"], found.loc["third"]
+    assert (other["mean"], other["std"], other.seeds) == (pytest.approx(0.71), pytest.approx(0.01), 3)
+    assert other.difference == pytest.approx(-0.10)
+    pooled = ((0.01**2 + 0.01**2 + 0.02**2) / 3) ** 0.5
+    assert other.standard_error == pytest.approx((2 * pooled**2 / 3) ** 0.5)  # three seeds may agree by chance
+    assert third.standard_error == pytest.approx(((pooled**2 + 0.02**2) / 3) ** 0.5)
+    assert other.distinguishable
+    assert not third.distinguishable
+    assert not found.loc["base"].distinguishable.any()
+    axes = charts.ablation_chart(studies.summarize(rows, QUESTIONS)).axes
+    assert [tick.get_text() for tick in axes[0].get_yticklabels()] == ["base", "other", "base", "third"]
+
+
+def test_a_summary_needs_two_seeds_of_everything():
+    rows = _rows(base=(0.80, 0.81), other=(0.70, 0.71), third=(0.80,))
+    with pytest.raises(studies.StudyError, match="flip=false"):
+        studies.summarize(rows, QUESTIONS)
+
+
+def test_processes_may_share_a_log(tmp_path):
+    import subprocess
+    import sys
+
+    code = "import sys; from cifar_ft.studies import Log\n"
+    code += "for i in range(20): Log(sys.argv[1]).append({'who': sys.argv[2], 'i': i})"
+    file = tmp_path / "log.csv"
+    workers = [subprocess.Popen([sys.executable, "-c", code, str(file), who]) for who in "ab"]
+    assert [worker.wait(120) for worker in workers] == [0, 0]
+    found = {(row["who"], int(row["i"])) for row in studies.Log(file).rows()}
+    assert found == set(itertools.product("ab", range(20)))
