@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cifar_ft import surgery, transforms
 from cifar_ft.convolutions import speed_up
-from cifar_ft.data import Split, load_cifar10, make_loader
+from cifar_ft.data import Split, make_loader
 from cifar_ft.optimization import make_optimizer
 from cifar_ft.recipes import Recipe
 from cifar_ft.records import peak_memory_mb
@@ -170,7 +170,8 @@ def _in_a_process(recipe: Recipe, images: int, size: int, batch: int) -> dict:
 def measure(recipe: Recipe) -> dict:
     """Seconds of an epoch of a recipe's steps in bf16, median of three, and the most memory this process has held."""
     keep_memory()
-    loop = course_loop(recipe, load_cifar10(echo=_silent).train.subset(recipe.train_images), "bf16")
+    images = torch.randint(0, 256, (recipe.train_images, 3, 32, 32), dtype=torch.uint8)  # what they show costs nothing
+    loop = course_loop(recipe, Split(images, torch.arange(len(images)) % 10), "bf16")
     steps = recipe.train_images // recipe.batch_size
     speed = alternate({"course": loop}, recipe.batch_size, 3, steps)["course"]["images_per_second"]
     return {"epoch_seconds": recipe.train_images / speed, "peak_memory_mb": peak_memory_mb()}

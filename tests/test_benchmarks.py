@@ -11,6 +11,7 @@ import pytest
 from tiny_runs import recipe
 
 from benchmarks import comparison, steps
+from benchmarks.processes import several_processes
 from cifar_ft import charts
 
 ROOT = Path(__file__).parent.parent
@@ -136,7 +137,19 @@ def test_growth_is_fitted_to_what_was_measured(monkeypatch):
     assert [len(ax.collections[0].get_offsets()) for ax in axes] == [4, 5, 5, 5]
 
 
-@pytest.mark.data
+def test_one_process_and_two_are_compared_seed_by_seed():
+    def train(processes, *settings):
+        seed = int(settings[0].partition("=")[2])
+        accuracy = 0.7 + 0.01 * seed - (0.02 * (processes == 2) if settings[1] == "freeze_batchnorm=false" else 0)
+        return {"val_loss": 1.0, "val_accuracy": accuracy, "train_loss": 1.0}
+
+    found = several_processes((0, 1, 2), train)
+    assert len(found["runs"]) == 8
+    assert found["moving_difference"] == pytest.approx(-0.02)
+    assert found["moving_std"] == pytest.approx(0.01)
+    assert found["frozen_difference"] == 0
+
+
 def test_an_epoch_is_measured_in_a_process_of_its_own():
     found = steps._in_a_process(recipe(backbone="efficientnet_lite0", freeze="none", last_stage=None), 64, 32, 32)
     assert (found["images"], found["image_size"], found["batch_size"]) == (64, 32, 32)
