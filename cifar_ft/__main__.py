@@ -95,15 +95,20 @@ def predict(
         Path | None, typer.Option(help="A run folder; default: the newest run, else the shipped model.")
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the rows to this file instead.")] = None,
+    details: Annotated[bool, typer.Option("--details", help="Also the columns unknown and notes.")] = False,
 ) -> None:
     """Predict the class of pictures: a row for each input, path,label,probability,error."""
-    from cifar_ft.folders import predict_paths, write_csv
+    from tqdm import tqdm
+
+    from cifar_ft.folders import count_files, predict_paths, write_csv
     from cifar_ft.predictions import Predictor
 
     predictor = Predictor.from_run(run) if run else Predictor.newest_or_shipped(echo=lambda _: None)
     typer.echo(f"Model: {predictor.source}", err=True)
-    rows = predict_paths(inputs, predictor)
-    total, failed = write_csv(rows, csv or sys.stdout)
+    rows_seen = csv is None and sys.stdout.isatty()  # progress enough
+    hidden = rows_seen or not sys.stderr.isatty()
+    rows = tqdm(predict_paths(inputs, predictor), total=count_files(inputs), unit="picture", disable=hidden)
+    total, failed = write_csv(rows, csv or sys.stdout, details=details)
     typer.echo(f"{total} inputs, {failed} could not be read", err=True)
     if failed:
         raise typer.Exit(1)

@@ -7,11 +7,14 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from cifar_ft.pictures import ImageError, read_image, square
+import torch
+
+from cifar_ft.pictures import ImageError, squared
 from cifar_ft.predictions import Predictor, chunks, replacing
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
 COLUMNS = ("path", "label", "probability", "error")
+DETAILS = ("unknown", "notes")
 
 
 def predict_paths(paths, predictor: Predictor, *, fit: str = "crop") -> Iterator[dict]:
@@ -28,22 +31,30 @@ def predict_paths(paths, predictor: Predictor, *, fit: str = "crop") -> Iterator
     ------
     dict
         One for each picture, in order: path (str), label ("" on error), probability (None on error), error
-        ("" if none). A folder without pictures gives one row with an error.
+        ("" if none), unknown (whether it is unlike anything in CIFAR-10; None if not known) and notes (what was
+        done to the picture). A folder without pictures gives one row with an error.
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     for chunk in chunks(_files(paths)):
         rows, pictures = [], []
         for path, error in chunk:
             name = os.fsdecode(path) if isinstance(path, (str, os.PathLike)) else type(path).__name__
-            rows.append({"path": name, "label": "", "probability": None, "error": error})
+            rows.append({"path": name, "label": "", "probability": None, "error": error, "unknown": None, "notes": ""})
             try:
                 if not error:
-                    pictures.append((rows[-1], square(read_image(path), fit)))
+                    pictures.append((rows[-1], squared(path, fit)))
             except ImageError as problem:
                 rows[-1]["error"] = str(problem)
-        for (row, _), answer in zip(pictures, predictor.predict([picture for _, picture in pictures]), strict=True):
+        answers = predictor.predict(torch.stack([picture.image for _, picture in pictures])) if pictures else []
+        for (row, picture), answer in zip(pictures, answers, strict=True):
             row.update(label=answer.label, probability=answer.probability)
+            row.update(unknown=answer.unknown, notes="; ".join(picture.notes))
         yield from rows
+
+
+def count_files(paths) -> int:
+    """How many rows `predict_paths` will give; reads folders, not pictures."""
+    return sum(1 for _ in _files([paths] if isinstance(paths, (str, os.PathLike)) else paths))
 
 
 def _files(paths: Iterable) -> Iterator[tuple[object, str]]:
@@ -66,12 +77,14 @@ def _files(paths: Iterable) -> Iterator[tuple[object, str]]:
             yield path, f"there are no pictures in this folder; looked for {' '.join(sorted(SUFFIXES))}"
 
 
-def write_csv(rows: Iterable[dict], file) -> tuple[int, int]:
+def write_csv(rows: Iterable[dict], file, *, details: bool = False) -> tuple[int, int]:
     """Write the rows of `predict_paths` as CSV (UTF-8) as they come.
 
     Parameters
     ----------
     rows : iterable of dict
+    details : bool
+        Also write the columns unknown and notes.
     file : path or text stream
         A file appears under its name only when it is complete.
 
@@ -85,9 +98,10 @@ def write_csv(rows: Iterable[dict], file) -> tuple[int, int]:
             replacing(Path(os.path.expanduser(file))) as temporary,
             open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as stream,
         ):
-            return write_csv(rows, stream)
+            return write_csv(rows, stream, details=details)
     total = failed = 0
-    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    columns = (*COLUMNS, *DETAILS) if details else COLUMNS
+    writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow(row)

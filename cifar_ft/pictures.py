@@ -9,6 +9,7 @@ import io
 import os
 import warnings
 from contextlib import suppress
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from cifar_ft.sources import show_path
 
 SIZE = 32  # pixels: the width of the pictures that the models were trained on
 MAX_PIXELS = 50_000_000
+MAX_PIXELS_JPEG2000 = 12_000_000  # its decoder takes 12 bytes a pixel
+LARGE = 12_000_000  # pixels; larger pictures are halved right after decoding
 # Named one by one: Pillow would hand other kinds to outside programs (EPS to Ghostscript).
 FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000")
 
@@ -29,8 +32,20 @@ class ImageError(CifarFtError, ValueError):
     """Something that is no picture, or not one that can be predicted."""
 
 
+class Picture(NamedTuple):
+    """A picture, uint8 [3, H, W], and in words what was done to get it, such as "the first of several frames"."""
+
+    image: Tensor
+    notes: tuple[str, ...] = ()
+
+
 def read_image(source) -> Tensor:
-    """Read one picture, whatever it comes as.
+    """The picture alone, uint8 [3, H, W], of what `read_picture` reads, with the same errors."""
+    return read_picture(source).image
+
+
+def read_picture(source) -> Picture:
+    """Read one picture, whatever it comes as, and tell what was done to it.
 
     Parameters
     ----------
@@ -42,7 +57,7 @@ def read_image(source) -> Tensor:
 
     Returns
     -------
-    uint8 Tensor [3, H, W]
+    Picture
 
     Raises
     ------
@@ -99,27 +114,44 @@ def _locate(source) -> tuple[str, object]:
     return shown, path
 
 
-def _decode(image: Image.Image) -> Tensor:
+def _decode(image: Image.Image) -> Picture:
     width, height = image.size
+    notes = []
+    with suppress(Exception):  # of damaged later frames; counting them all could take long
+        if image.format != "MPO" and getattr(image, "is_animated", False):  # an MPO is one photograph with a preview
+            notes.append("the first of several frames")
+            image.seek(0)
     if not width or not height:
         raise ImageError(f"{width} x {height} pixels is no picture; each side must have at least 1")
     if width * height > MAX_PIXELS:
         raise ImageError(f"too large: {width:,} x {height:,} pixels; at most {MAX_PIXELS:,} are allowed")
+    if image.format == "JPEG2000" and width * height > MAX_PIXELS_JPEG2000:
+        limit = f"at most {MAX_PIXELS_JPEG2000:,} are allowed, save it as PNG"
+        raise ImageError(f"too large for JPEG 2000: {width:,} x {height:,} pixels; {limit}")
     image.load()
     with suppress(Exception):  # of damaged EXIF data; the picture itself has just been decoded
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
+            notes.append("turned upright as its EXIF data say")
+    if width * height > LARGE:  # whoever looks at 32 pixels does not miss half of 5,000, and memory is spared
+        image = image.resize((max(1, image.width // 2), max(1, image.height // 2)), Image.Resampling.NEAREST)
+        notes.append("every second pixel left out, as it is very large")
     if image.mode[0] in "IF":  # 16 bits and more, in one channel
         values = np.asarray(image)
         if image.mode == "I" and not (values >> 16).any():
             values = values.astype(np.uint16)
         image = _array_image(values)
+        notes.append("brightness scaled to 8 bits")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image.convert("RGBA"))
-        image = white
+        layers = image.convert("RGBA")
+        image = Image.new("RGBA", image.size, "white")
+        image.alpha_composite(layers)
+        if layers.getextrema()[3][0] < 255:
+            notes.append("transparent parts shown on white")
+    if image.mode == "CMYK":
+        notes.append("printing colours (CMYK) converted")
     pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+    return Picture(torch.from_numpy(pixels).permute(2, 0, 1).clone(memory_format=torch.contiguous_format), tuple(notes))
 
 
 def _array_image(source) -> Image.Image:
@@ -161,6 +193,30 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+def middle(height: int, width: int) -> tuple[int, int, int]:
+    """Side, top and left of the largest square in the middle of a picture."""
+    side = min(height, width)
+    return side, (height - side) // 2, (width - side) // 2
+
+
+def fit_note(image: Tensor, fit: str) -> str:
+    """In words, what `square` takes of a picture [3, H, W]; empty where it is square already."""
+    height, width = image.shape[1:]
+    if height == width:
+        return ""
+    if fit == "pad":
+        return f"all of {width} x {height} pixels, with black bars"
+    side = middle(height, width)[0]
+    return f"the middle {side} x {side} of {width} x {height} pixels"
+
+
+def squared(source, fit: str = "crop") -> Picture:
+    """Read a picture and make it what the network sees, uint8 [3, 32, 32], with all that was done to it."""
+    picture = read_picture(source)
+    note = fit_note(picture.image, fit)
+    return Picture(square(picture.image, fit), (*picture.notes, *([note] if note else [])))
+
+
 def square(image: Tensor, fit: str = "crop") -> Tensor:
     """Make a picture square and 32 pixels wide, as the network is used to.
 
@@ -183,8 +239,7 @@ def square(image: Tensor, fit: str = "crop") -> Tensor:
     height, width = image.shape[1:]
     size = (SIZE, SIZE)
     if fit == "crop":
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
+        side, top, left = middle(height, width)
         image = image[:, top : top + side, left : left + side]
     else:
         size = tuple(max(1, round(SIZE * length / max(height, width))) for length in (height, width))

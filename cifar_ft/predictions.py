@@ -24,7 +24,7 @@ from cifar_ft import CifarFtError
 from cifar_ft.data import CLASSES, Split
 from cifar_ft.evaluation import predict_logits
 from cifar_ft.metrics import energy
-from cifar_ft.pictures import ImageError, one_line, read_image, square
+from cifar_ft.pictures import SIZE, ImageError, Picture, one_line, read_image, square, squared
 from cifar_ft.recipes import Recipe
 from cifar_ft.results import accuracy_text, load_run, newest_run, runs_root
 from cifar_ft.sources import show_path
@@ -64,6 +64,9 @@ class Prediction:
         All classes in class order; with `top_k`, only the most probable ones, best first.
     unknown : bool or None
         Whether the picture is unlike anything in CIFAR-10; None where the model was not calibrated.
+    notes : tuple of str
+        What was done to the picture before, such as "the first of several frames" or "the middle 300 x 300 of 480 x 300
+        pixels"; empty for a square picture that was read as it is.
     """
 
     label: str
@@ -71,6 +74,7 @@ class Prediction:
     probability: float
     probabilities: dict[str, float]
     unknown: bool | None = None
+    notes: tuple[str, ...] = ()
 
     def top(self, k: int = 5) -> list[tuple[str, float]]:
         """The `k` most probable classes with their probabilities, best first."""
@@ -183,18 +187,25 @@ class Predictor:
             For the first picture that cannot be read, with its position; `predict_paths` goes on instead.
         """
         k = None if top_k is None else _checked_k(top_k)
-        logits = self._logits(images, fit)
-        return [
-            _prediction(row, k, unknown)
-            for row, unknown in zip(self._probabilities(logits).tolist(), self._unknown(logits), strict=True)
-        ]
+        notes = []
+        logits = self._logits(images, fit, notes)
+        rows = zip(self._probabilities(logits).tolist(), self._unknown(logits), notes, strict=True)
+        return [_prediction(row, k, unknown, note) for row, unknown, note in rows]
 
     def predict_proba(self, images, *, fit: str = "crop") -> np.ndarray:
         """Calibrated probabilities, float32 [N, 10] in class order, for what `predict` accepts."""
-        return self._probabilities(self._logits(images, fit)).numpy()
+        return self._probabilities(self._logits(images, fit, [])).numpy()
 
-    def _logits(self, images, fit: str) -> Tensor:
-        parts = [self._batch_logits(torch.stack(batch)) for batch in chunks(_squares(images, fit))]
+    def _logits(self, images, fit: str, notes: list[tuple[str, ...]]) -> Tensor:
+        """Logits [N, 10] of what `predict` accepts; what was done to each picture is appended to `notes`."""
+        images = images.images if isinstance(images, Split) else images
+        if isinstance(images, Tensor) and images.dtype == torch.uint8 and images.shape[1:] == (3, SIZE, SIZE):
+            notes += [()] * len(images)  # nothing to read or to cut: as fast as evaluation
+            return self._batch_logits(images) if len(images) else torch.zeros(0, len(CLASSES))
+        parts = []
+        for batch in chunks(_squares(images, fit)):
+            notes += [picture.notes for picture in batch]
+            parts.append(self._batch_logits(torch.stack([picture.image for picture in batch])))
         return torch.cat(parts) if parts else torch.zeros(0, len(CLASSES))
 
     def _batch_logits(self, images: Tensor) -> Tensor:
@@ -213,10 +224,11 @@ class Predictor:
         return (energy(logits) < self.calibration["lowest_energy"]).tolist()
 
 
-def _prediction(row: list[float], k: int | None, unknown: bool | None) -> Prediction:
+def _prediction(row: list[float], k: int | None, unknown: bool | None, notes: tuple[str, ...]) -> Prediction:
     order = sorted(range(len(row)), key=lambda i: -row[i])
     kept = range(len(row)) if k is None else order[:k]
-    return Prediction(CLASSES[order[0]], order[0], row[order[0]], {CLASSES[i]: row[i] for i in kept}, unknown)
+    probabilities = {CLASSES[i]: row[i] for i in kept}
+    return Prediction(CLASSES[order[0]], order[0], row[order[0]], probabilities, unknown, notes)
 
 
 def _checked_k(k: int) -> int:
@@ -225,18 +237,17 @@ def _checked_k(k: int) -> int:
     return int(k)
 
 
-def _squares(images, fit: str) -> Iterator[Tensor]:
-    """Each picture as uint8 [3, 32, 32]."""
-    images = images.images if isinstance(images, Split) else images
+def _squares(images, fit: str) -> Iterator[Picture]:
+    """Each picture as uint8 [3, 32, 32], with all that was done to it."""
     kinds = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, dict)
     if isinstance(images, kinds) or hasattr(images, "read") or getattr(images, "ndim", 1) not in (1, 4):
-        yield square(read_image(images), fit)
+        yield squared(images, fit)
         return
     if not isinstance(images, Iterable):
         read_image(images)  # says what can be read
     for position, image in enumerate(images):
         try:
-            yield square(read_image(image), fit)
+            yield squared(image, fit)
         except ImageError as error:
             raise ImageError(f"image {position} of the batch (counted from 0): {error}") from error
 
