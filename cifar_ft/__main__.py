@@ -6,6 +6,7 @@ Exit status 0 when what was asked for was done, 2 for a wrong argument, 1 for a 
 
 from __future__ import annotations
 
+import json
 import sys
 from enum import Enum
 from pathlib import Path
@@ -172,6 +173,43 @@ def ablations(
     from cifar_ft.studies import run_ablations
 
     run_ablations(load_cifar10(echo=typer.echo), out, seeds, echo=typer.echo)
+
+
+@studies.command()
+def redrawn(
+    weights: Annotated[Path, typer.Option(exists=True, help="ImageNet weights of ResNet-50, whole or up to layer3.")],
+    epochs: Annotated[int, typer.Option(help="The same for all of them.")] = 12,
+    names: Annotated[list[str], typer.Option("--name", help="Some of them; default: all. Repeatable.")] = (),
+    overrides: Overrides = (),
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results/redrawn"),
+) -> None:
+    """Train the published recipe and its variants on ResNet-50 cut behind stage 3 (last_stage=none: whole)."""
+    from cifar_ft.data import load_cifar10
+    from cifar_ft.studies import REDRAWN, redraw
+
+    data = load_cifar10(echo=typer.echo)
+    for name in names or REDRAWN:
+        if name not in REDRAWN:
+            raise typer.BadParameter(f"unknown name {name!r}; choose from {', '.join(REDRAWN)}")
+        redraw(name, data, weights, out / name, epochs, settings=" ".join(overrides), echo=typer.echo)
+
+
+@studies.command()
+def shipped(out: Annotated[Path, typer.Option(help="JSON file.")] = Path("results/shipped.json")) -> None:
+    """Score the shipped model on the test set, clean and corrupted, and compare with its recorded accuracy."""
+    from cifar_ft.checkpoints import write_atomic
+    from cifar_ft.data import load_cifar10
+    from cifar_ft.predictions import Predictor
+    from cifar_ft.results import SHIPPED_RUN, load_run
+    from cifar_ft.robustness import appraise
+
+    found = appraise(Predictor.shipped(), load_cifar10(echo=typer.echo).test, typer.echo)
+    recorded = load_run(SHIPPED_RUN).accuracy
+    write_atomic(out, (json.dumps(found, indent=1) + "\n").encode())
+    off = 100 * abs(found["accuracy"] - recorded)
+    typer.echo(f"recorded {recorded:.2%}, measured now {found['accuracy']:.2%}: {off:.3f} points apart (at most 0.05)")
+    if off > 0.05:
+        raise typer.Exit(1)
 
 
 @app.command()

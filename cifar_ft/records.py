@@ -10,6 +10,7 @@ import io
 import json
 import platform
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +26,7 @@ from cifar_ft.checkpoints import RunDirectory, TrainingError, write_atomic
 from cifar_ft.data import Cifar10, Split
 from cifar_ft.metrics import fit_calibration
 from cifar_ft.recipes import Recipe
-from cifar_ft.results import runs_root, wilson_interval
+from cifar_ft.results import Run, runs_root, wilson_interval
 from cifar_ft.sources import show_path
 from cifar_ft.speed import hardware
 from cifar_ft.tuning import Plan
@@ -146,6 +147,29 @@ def write_run(
         "versions": _versions(),
     }
     directory.write_json("metrics.json", metrics)
+
+
+FIGURES = ("config.json", "history.csv", "metrics.json", "test_logits.npz", "val_logits.npz")
+
+
+def keep_figures(run: Run, folder: str | Path, names: Iterable[str] = FIGURES) -> None:
+    """Copy a run without its weights, and without the paths of this machine that its description may hold."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (run.path / name).exists():
+            content = (run.path / name).read_bytes()
+            if name == "config.json":
+                content = _without_paths(json.loads(content))
+            write_atomic(folder / name, content)
+
+
+def _without_paths(config: dict) -> bytes:
+    weights = config["recipe"]["weights"]
+    if weights not in ("imagenet", "none"):
+        config["recipe"]["weights"] = Path(weights).name
+        config["weights"]["source"] = f"the file {Path(weights).name}"
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def code_digests() -> dict[str, str]:

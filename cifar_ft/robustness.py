@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from cifar_ft.metrics import wilson_interval
+from cifar_ft.data import Split
+from cifar_ft.evaluation import predict_logits
+from cifar_ft.metrics import accuracy_text, calibration, energy, selective_accuracy, wilson_interval
+from cifar_ft.predictions import Predictor
+from cifar_ft.results import test_issues
+from cifar_ft.transforms import eval_transform
 
 
 def blur(images: Tensor, sigma: float) -> Tensor:
@@ -63,7 +69,12 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], tuple[float, ...
 }
 
 
-def corrupted_accuracy(logits_of: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> pd.DataFrame:
+def corrupted_accuracy(
+    logits_of: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    echo: Callable[[str], object] = lambda _: None,
+) -> pd.DataFrame:
     """Accuracy under every corruption and level.
 
     Parameters
@@ -81,6 +92,7 @@ def corrupted_accuracy(logits_of: Callable[[Tensor], Tensor], images: Tensor, la
         for level in levels:
             correct = int((logits_of(function(images, level)).argmax(1) == labels).sum())
             interval = wilson_interval(correct, len(labels))
+            echo(f"{name} {level:g}: {accuracy_text(correct, len(labels))}")
             rows.append((name, level, unit, correct / len(labels), *interval))
     return pd.DataFrame(rows, columns=["corruption", "level", "unit", "accuracy", "low", "high"])
 
@@ -111,6 +123,48 @@ def accuracy_without(issues: pd.DataFrame, correct: np.ndarray) -> dict[str, dic
             "ci95": wilson_interval(int(correct[mask].sum()), int(mask.sum())),
         }
         for name, mask in kept.items()
+    }
+
+
+def appraise(predictor: Predictor, test: Split, echo: Callable[[str], object] = print) -> dict:
+    """All that this module measures, for one calibrated model on the test images.
+
+    Parameters
+    ----------
+    predictor : Predictor
+        With a `calibration`; its temperature and threshold come from validation, not from these images.
+    test : Split
+        The 10,000 test images in the official order.
+
+    Returns
+    -------
+    dict
+        JSON-ready: model, accuracy, ci95, temperature, ece_before, ece_after, false_alarms (share of test images
+        called unknown), without (see `accuracy_without`), corruptions (rows) and coverage (rows).
+    """
+
+    def logits_of(images: Tensor) -> Tensor:
+        return predict_logits(predictor.model, replace(test, images=images), transform, precision=predictor.precision)
+
+    transform = eval_transform(predictor.recipe)
+    logits = logits_of(test.images)
+    labels, correct = test.labels.numpy(), (logits.argmax(1) == test.labels).numpy()
+    calibrated = (logits / predictor.calibration["temperature"]).softmax(1).numpy()
+    echo(f"clean: {accuracy_text(int(correct.sum()), len(correct))}")
+    corrupted = corrupted_accuracy(logits_of, test.images, test.labels, echo)
+    coverage = selective_accuracy(labels, calibrated)
+    kept = [round(share * len(coverage)) - 1 for share in np.arange(0.2, 1.001, 0.02)]
+    return {
+        "model": predictor.source,
+        "accuracy": float(correct.mean()),
+        "ci95": wilson_interval(int(correct.sum()), len(correct)),
+        "temperature": predictor.calibration["temperature"],
+        "ece_before": calibration(labels, logits.softmax(1).numpy())[1],
+        "ece_after": calibration(labels, calibrated)[1],
+        "false_alarms": float((energy(logits) < predictor.calibration["lowest_energy"]).mean()),
+        "without": accuracy_without(test_issues(), correct),
+        "corruptions": corrupted.to_dict("records"),
+        "coverage": coverage.iloc[kept].to_dict("records"),
     }
 
 

@@ -23,6 +23,8 @@ from cifar_ft import CifarFtError
 from cifar_ft.checkpoints import write_atomic
 from cifar_ft.data import CLASSES, Cifar10
 from cifar_ft.recipes import Recipe, get_recipe, parse_overrides
+from cifar_ft.records import keep_figures
+from cifar_ft.results import Run, runs_root
 from cifar_ft.speed import hardware
 
 # What every ablation starts from: small enough for three seeds of everything on a laptop.
@@ -65,6 +67,18 @@ ABLATIONS: dict[str, dict[str, str]] = {
         "CIFAR-10's std": "normalization=cifar10",
         "the published std": "normalization=cifar10_published",
     },
+}
+# The published recipe on ResNet-50 cut behind its third stage (C4), in which all but stem and head can be pretrained from
+# a file that lacks layer4. Name: the recipe, and what is changed in it.
+REDRAWN: dict[str, tuple[str, str]] = {
+    "reference_b32": ("reference_b32", ""),
+    "reference_b64": ("reference_b64", ""),
+    "reference_b32_cosine": ("reference_b32_cosine", ""),
+    "reference_b32_random": ("reference_b32", "weights=none"),
+    "untouched_one_cycle": (
+        "reference_b32",
+        "stem=pretrained image_size=64 normalization=imagenet schedule=one_cycle head_lr_factor=10",
+    ),
 }
 CRITICAL_T = 2.7  # two-sided 99 % of Student's t with some 40 degrees of freedom; there are many comparisons
 
@@ -141,6 +155,35 @@ def log_try(name: str, changes: Iterable[str], data: Cifar10, path: str | Path, 
     row |= {"note": note, "hardware": hardware()}
     Log(path).append(row)
     return row
+
+
+def redraw(
+    name: str, data: Cifar10, weights: str | Path, out: str | Path, epochs: int, *, settings="", echo=print
+) -> Run:
+    """Train one of `REDRAWN` from a file of weights, and keep its curves and figures in `out`, without weights.
+
+    The run itself stays in `results.runs_root()` and is gone on with when it was interrupted.
+
+    Parameters
+    ----------
+    weights : path
+        ImageNet weights of ResNet-50, whole or up to layer3.
+    out : path
+        Folder for config.json, history.csv and metrics.json.
+    epochs : int
+        The same for all that are to be compared; `reference_b32_cosine` decays to zero within them.
+    settings : str
+        Further changes, such as "last_stage=none" for whole weights.
+    """
+    from cifar_ft.training import fit
+
+    base, changes = REDRAWN[name]
+    common = {"last_stage": 3, "epochs": epochs, "weights": str(weights), "precision": "auto"}
+    recipe = get_recipe(base, common | parse_overrides(changes) | parse_overrides(settings))
+    folder = runs_root() / f"redrawn-{name}-{epochs}-epochs"
+    run = fit(recipe, data, folder, resume=(folder / "config.json").exists(), echo=echo)
+    keep_figures(run, out, ("config.json", "history.csv", "metrics.json"))
+    return run
 
 
 def variants(questions: Mapping[str, Mapping[str, str]] = ABLATIONS) -> list[str]:

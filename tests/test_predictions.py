@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from cifar_ft import CifarFtError, predictions, shipping
 from cifar_ft.data import CLASSES, load_samples
-from cifar_ft.folders import predict_paths, write_csv
+from cifar_ft.folders import count_files, predict_paths, write_csv
+from cifar_ft.metrics import energy, fit_calibration
 from cifar_ft.predictions import (
     ImageError,
     PredictionError,
@@ -673,3 +674,69 @@ def test_a_prediction_reads_as_a_sentence():
     answer = predictions.Prediction("truck", 9, 0.9312, {"truck": 0.9312})
     assert str(answer) == "truck (93.1 %)"
     assert repr(Predictor(SimpleNamespace(eval=lambda: None), RECIPE, "the run x")) == "Predictor(the run x)"
+
+
+def _calibrated(predictor, **calibration):
+    values = {"temperature": 1.0, "lowest_energy": -1e9, "false_alarms": 0.02, **calibration}
+    return Predictor(predictor.model, RECIPE, "calibrated", calibration=values)
+
+
+def test_probabilities_are_divided_by_the_temperature(predictor, samples):
+    logits = predict_logits(predictor.model, samples, eval_transform(RECIPE))
+    mild = _calibrated(predictor, temperature=4.0).predict_proba(samples)
+    assert np.allclose(mild, (logits / 4).softmax(1).numpy(), atol=1e-6)
+    assert not np.allclose(mild, predictor.predict_proba(samples), atol=1e-4)
+
+
+def test_pictures_of_low_energy_are_called_unknown(predictor, samples):
+    assert predictor.predict(samples.images[0])[0].unknown is None  # nobody knows without a calibration
+    familiar = energy(predict_logits(predictor.model, samples, eval_transform(RECIPE)))
+    middle = float(np.median(familiar))
+    answers = _calibrated(predictor, lowest_energy=middle).predict(samples)
+    assert [a.unknown for a in answers] == (familiar < middle).tolist()
+    assert sum(a.unknown for a in answers) == 100
+
+
+def test_a_calibration_comes_with_its_run_and_with_the_shipped_model(run_dir, tmp_path, monkeypatch):
+    calibration = {"temperature": 1.5, "lowest_energy": 0.25, "false_alarms": 0.02}
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert Predictor.from_run(run_dir).calibration is None
+    (run_dir / "metrics.json").write_text(json.dumps({**metrics, "calibration": calibration}))
+    assert Predictor.from_run(run_dir).calibration == calibration
+    monkeypatch.setattr(predictions, "SHIPPED", shipping.export_shipped(run_dir, tmp_path / "shipped.safetensors"))
+    assert Predictor.shipped().calibration == calibration
+
+
+def test_energy_threshold_leaves_the_stated_share_of_validation_below():
+    logits = 3 * torch.randn(5000, 10, generator=torch.Generator().manual_seed(0))
+    found = fit_calibration(logits, logits.argmax(1), false_alarms=0.03)
+    assert (energy(logits) < found["lowest_energy"]).mean() == pytest.approx(0.03, abs=1e-3)
+    assert found["temperature"] < 1  # always right, and never sure enough
+
+
+def test_a_batch_of_the_right_size_goes_through_in_one_piece(predictor, samples, monkeypatch):
+    seen, plain = [], Predictor._batch_logits
+    monkeypatch.setattr(Predictor, "_batch_logits", lambda self, x: seen.append(len(x)) or plain(self, x))
+    assert len(predictor.predict(samples.images)) == 200
+    assert seen == [200]  # what `evaluation` does with it, and nothing else
+    one_by_one = predictor.predict(list(samples.images[:5]))
+    assert one_by_one == predictor.predict(samples.images[:5])
+
+
+def test_an_answer_tells_what_was_done_to_the_picture(predictor, tmp_path):
+    wide = Image.fromarray(picture(10, 20))
+    assert predictor.predict(wide)[0].notes == ("the middle 10 x 10 of 20 x 10 pixels",)
+    assert predictor.predict(wide, fit="pad")[0].notes == ("all of 20 x 10 pixels, with black bars",)
+    wide.save(tmp_path / "wide.png")
+    (row,) = predict_paths(tmp_path / "wide.png", predictor)
+    assert row["notes"] == "the middle 10 x 10 of 20 x 10 pixels"
+    stream = io.StringIO()
+    write_csv([row], stream, details=True)
+    assert stream.getvalue().splitlines()[0] == "path,label,probability,error,unknown,notes"
+    write_csv([row], stream := io.StringIO())
+    assert stream.getvalue().splitlines()[0] == "path,label,probability,error"
+
+
+def test_files_are_counted_before_they_are_read(folder, predictor):
+    assert count_files([folder, "missing.png"]) == len(list(predict_paths([folder, "missing.png"], predictor)))
+    assert count_files(folder) == 4

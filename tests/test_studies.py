@@ -6,10 +6,12 @@ import itertools
 
 import pandas as pd
 import pytest
+from safetensors.torch import save_file
 from tiny_runs import quiet, recipe
 
 from cifar_ft import charts, studies, training
 from cifar_ft.recipes import get_recipe, parse_overrides
+from cifar_ft.surgery import build_model
 
 QUESTIONS = {"One?": {"base": "", "other": "lr=0.5"}, "Two?": {"base": "", "third": "flip=false"}}
 
@@ -116,3 +118,33 @@ def test_processes_may_share_a_log(tmp_path):
     assert [worker.wait(120) for worker in workers] == [0, 0]
     found = {(row["who"], int(row["i"])) for row in studies.Log(file).rows()}
     assert found == set(itertools.product("ab", range(20)))
+
+
+def test_the_published_recipe_is_redrawn_without_weights_or_paths(small_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("CIFAR_FT_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(studies, "REDRAWN", {"one": ("reference_b32_cosine", "image_size=16")})
+    source = tmp_path / "private" / "weights.safetensors"
+    source.parent.mkdir()
+    model = build_model(get_recipe("reference_b32", "weights=none"), quiet)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith(("fc", "conv1"))}, source)
+    out = tmp_path / "results" / "one"
+    settings = "last_stage=1 precision=fp32 batch_size=60"
+    run = studies.redraw("one", small_data, source, out, 2, settings=settings, echo=quiet)
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "history.csv", "metrics.json"]
+    assert str(tmp_path) not in (out / "config.json").read_text()
+    assert "weights.safetensors" in (out / "config.json").read_text()
+    rows = pd.read_csv(out / "history.csv")
+    assert rows.test_accuracy.notna().all()  # logged each epoch, as the publication did
+    assert rows.lr.tolist() == [0.01, 0.005]  # decays to zero within the run
+    again = studies.redraw("one", small_data, source, out, 2, settings=settings, echo=quiet)
+    assert again.metrics == run.metrics  # a finished run is not repeated
+
+
+def test_what_is_redrawn_differs_in_what_it_says():
+    recipes = {name: get_recipe(base, changes) for name, (base, changes) in studies.REDRAWN.items()}
+    base = recipes["reference_b32"]
+    assert recipes["reference_b32_random"] == base.replace(weights="none")
+    assert recipes["reference_b64"].batch_size == 2 * base.batch_size
+    assert recipes["reference_b32_cosine"].schedule == "cosine"
+    assert recipes["untouched_one_cycle"].stem == "pretrained"
+    assert all(recipe.track_test for recipe in recipes.values())
