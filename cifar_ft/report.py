@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from cifar_ft import charts, plots, results
 from cifar_ft.data import CLASSES, load_samples
 from cifar_ft.execution import CourseError, checkout, publish
+from cifar_ft.facts import facts, fill
 from cifar_ft.predictions import Predictor
 from cifar_ft.records import keep_figures
 from cifar_ft.shipping import export_shipped
@@ -60,8 +62,42 @@ def write_report(root: str | Path | None = None) -> list[Path]:
     text, block = readme.read_text("utf-8"), re.compile(re.escape(START) + ".*?" + re.escape(END), re.DOTALL)
     if not block.search(text):
         raise CourseError(f"README.md has no place for results; add the lines {START} and {END}")
-    readme.write_text(block.sub(lambda _: results_table(runs), text), "utf-8")
-    return [readme, *_pictures(root / "images", runs[0]), *_charts(root)]
+    found = facts(root)
+    texts = {readme: fill(block.sub(lambda _: results_table(runs), text), found)}
+    texts |= {path: filled(path, found) for path in texts_with_numbers(root) if path != readme}
+    for path, content in texts.items():
+        path.write_text(content, "utf-8")
+    return [*texts, *_recorded_copies(root), *_pictures(root / "images", runs[0]), *_charts(root)]
+
+
+def texts_with_numbers(root: Path) -> list[Path]:
+    """The files whose marked numbers come from `results/`."""
+    return [root / "README.md", root / "results" / "README.md", *sorted((root / "notebooks").glob("*.ipynb"))]
+
+
+def filled(path: Path, found: dict[str, str]) -> str:
+    """The file's text with its marked numbers as `found` has them; of a notebook only Markdown cells are touched."""
+    text = path.read_text("utf-8")
+    if path.suffix != ".ipynb":
+        return fill(text, found)
+    notebook = json.loads(text)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = fill("".join(cell["source"]), found).splitlines(keepends=True)
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+
+
+def _recorded_copies(root: Path) -> list[Path]:
+    """Copies, within the package, of the small files in results/ that notebook 05 reads."""
+    sources = [root / "results" / name for name in ("ablations.csv", "shipped.json")]
+    sources += sorted((root / "results" / "redrawn").glob("*/*.*"))
+    copies = []
+    for source in sources:
+        if source.exists():
+            copies.append(results.RECORDED / source.relative_to(root / "results"))
+            copies[-1].parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, copies[-1])
+    return copies
 
 
 def _pictures(folder: Path, run: results.Run) -> list[Path]:

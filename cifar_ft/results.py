@@ -65,6 +65,7 @@ __all__ = [
 
 PACKAGE = Path(__file__).resolve().parent
 SHIPPED_RUN = PACKAGE / "assets" / "shipped_run"  # the run of the shipped model, without its weights
+RECORDED = PACKAGE / "assets" / "recorded"  # copies of small files in results/, for notebook 05
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, BadZipFile, zlib.error)
 HISTORY_COLUMNS = ("epoch", "train_loss", "train_accuracy")
 COMPARED = ("recipe", "backbone", "epochs", "seeds", "test_accuracy", "low", "high", "std", "minutes")
