@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import json
 import math
 import statistics
 import tempfile
@@ -24,7 +25,7 @@ from cifar_ft.checkpoints import write_atomic
 from cifar_ft.data import CLASSES, Cifar10
 from cifar_ft.recipes import Recipe, get_recipe, parse_overrides
 from cifar_ft.records import keep_figures
-from cifar_ft.results import Run, runs_root
+from cifar_ft.results import RECORDED, Run, runs_root
 from cifar_ft.speed import hardware
 
 # What every ablation starts from: small enough for three seeds of everything on a laptop.
@@ -68,8 +69,8 @@ ABLATIONS: dict[str, dict[str, str]] = {
         "the published std": "normalization=cifar10_published",
     },
 }
-# The published recipe on ResNet-50 cut behind its third stage (C4), in which all but stem and head can be pretrained from
-# a file that lacks layer4. Name: the recipe, and what is changed in it.
+# The published recipe on ResNet-50 cut behind its third stage (C4), in which all but stem and head can be pretrained
+# from a file that lacks layer4. Name: the recipe, and what is changed in it.
 REDRAWN: dict[str, tuple[str, str]] = {
     "reference_b32": ("reference_b32", ""),
     "reference_b64": ("reference_b64", ""),
@@ -251,3 +252,22 @@ def summarize(rows: pd.DataFrame, questions: Mapping[str, Mapping[str, str]] = A
 
 def _text(value: object) -> object:
     return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def recorded_ablations() -> pd.DataFrame:
+    """`summarize` of the ablations that come with the package."""
+    return summarize(pd.read_csv(RECORDED / "ablations.csv"))
+
+
+def recorded_redrawn() -> dict[str, tuple[pd.DataFrame, dict]]:
+    """History and metrics of each redrawn run that comes with the package, by its name in `REDRAWN`."""
+    return {
+        name: (pd.read_csv(folder / "history.csv"), json.loads((folder / "metrics.json").read_text("utf-8")))
+        for name in REDRAWN
+        if (folder := RECORDED / "redrawn" / name).is_dir()
+    }
+
+
+def recorded_appraisal() -> dict:
+    """`robustness.appraise` of the shipped model, as it was measured once."""
+    return json.loads((RECORDED / "shipped.json").read_text("utf-8"))
