@@ -47,7 +47,8 @@ def comparison_chart(runs: Sequence[Mapping]) -> Figure:
         for longer in (run for run in runs if run["name"] == name and run["epochs"] > work):
             _dot(right, longer, **style)
             place_text = (longer["train_seconds"], 100 * longer["test_accuracy"])
-            right.annotate(f" {longer['epochs']} epochs", place_text, xytext=(6, 4), textcoords="offset points")
+            offset = {"xytext": (-8, -4), "textcoords": "offset points", "ha": "right"}
+            right.annotate(f"{longer['epochs']} epochs", place_text, **offset)
     left.invert_yaxis()
     left.margins(x=0.18)
     left.set(xlabel="images per second in training")

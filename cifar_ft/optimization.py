@@ -35,21 +35,19 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["base_lr"] * factor
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """SGD on the trainable parameters, with the head at `head_lr_factor` times the backbone's learning rate."""
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimiser of the trainable parameters, the head at `head_lr_factor` times the backbone's rate."""
     head = {id(p) for p in surgery.head(model).parameters()}
     groups = []
     for is_head, factor in ((False, 1.0), (True, recipe.head_lr_factor)):
         parameters = [p for p in model.parameters() if p.requires_grad and (id(p) in head) == is_head]
         if parameters:
             groups.append({"params": parameters, "lr": recipe.lr * factor, "base_lr": recipe.lr * factor})
-    return torch.optim.SGD(
-        groups,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-        fused=next(model.parameters()).device.type in ("cpu", "cuda"),
-    )
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=fused)
+    decay = {"momentum": recipe.momentum, "nesterov": recipe.nesterov, "weight_decay": recipe.weight_decay}
+    return torch.optim.SGD(groups, **decay, fused=fused)
 
 
 @torch.no_grad()

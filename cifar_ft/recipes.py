@@ -28,6 +28,7 @@ CHOICES = {
     "normalization": ("imagenet", "cifar10", "cifar10_published"),
     "head_init": ("small", "default"),
     "freeze": ("none", "stem", "early", *(f"stage{i}" for i in range(1, 8)), "backbone"),
+    "optimizer": ("sgd", "adamw"),
     "schedule": ("constant", "cosine", "one_cycle"),
     "select": ("best", "last"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
@@ -44,7 +45,7 @@ RANGES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides a run. Sizes are in pixels, learning rates per step of SGD, `None` means "all" or "whole"."""
+    """All that decides a run. Sizes are in pixels, `None` means "all" or "whole"."""
 
     name: str
     # the model
@@ -73,7 +74,8 @@ class Recipe:
     head_fit_images: int = 0  # linear probe first: the new head is fitted on the features of this many images
     lr: float = 0.01  # of the backbone; the peak of a one_cycle schedule
     head_lr_factor: float = 1.0  # the head's lr as a multiple of the backbone's
-    momentum: float = 0.9
+    optimizer: str = "sgd"  # adamw has its usual betas of 0.9 and 0.999, and wants a lower learning rate
+    momentum: float = 0.9  # of sgd, as is nesterov
     nesterov: bool = False
     weight_decay: float = 5e-4
     schedule: str = "constant"  # cosine is stepped once an epoch, one_cycle at every step

@@ -550,6 +550,27 @@ def test_the_head_gets_its_own_learning_rate_and_frozen_parts_none():
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.1]
 
 
+def test_adamw_is_adamw():
+    mine = recipe(optimizer="adamw", lr=0.001, head_lr_factor=3, weight_decay=0.05)
+    optimizer = make_optimizer(surgery.build_model(mine, quiet), mine)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.001, 0.05), (0.003, 0.05)]
+
+
+def test_a_run_with_adamw_resumes_to_the_same_weights(small_data, tmp_path):
+    mine = recipe(optimizer="adamw", lr=0.001)
+    fit(mine, small_data, tmp_path / "whole", echo=quiet)
+
+    def stop(line):
+        if line.startswith("Epoch 1"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(mine, small_data, tmp_path / "parts", echo=stop)
+    fit(mine, small_data, tmp_path / "parts", resume=True, echo=quiet)
+    same_run(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_with_the_backbone_frozen_only_the_head_is_optimised():
     mine = recipe(freeze="backbone", head_lr_factor=10)
     (group,) = make_optimizer(surgery.build_model(mine, quiet), mine).param_groups
