@@ -108,11 +108,26 @@ def predict(
     typer.echo(f"Model: {predictor.source}", err=True)
     rows_seen = csv is None and sys.stdout.isatty()  # progress enough
     hidden = rows_seen or not sys.stderr.isatty()
-    rows = tqdm(predict_paths(inputs, predictor), total=count_files(inputs), unit="picture", disable=hidden)
+    rows = tqdm(
+        predict_paths(inputs, predictor, details=details), total=count_files(inputs), unit="picture", disable=hidden
+    )
     total, failed = write_csv(rows, csv or sys.stdout, details=details)
     typer.echo(f"{total} inputs, {failed} could not be read", err=True)
     if failed:
         raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    run: Annotated[
+        Path | None, typer.Option(help="A run folder; default: the newest run, else the shipped model.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("model.onnx"),
+) -> None:
+    """Write the model as one ONNX file that runs without PyTorch, checked and timed against it."""
+    from cifar_ft.export import export_checked
+
+    export_checked(run, out, typer.echo)
 
 
 @app.command()

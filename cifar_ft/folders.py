@@ -17,7 +17,7 @@ COLUMNS = ("path", "label", "probability", "error")
 DETAILS = ("unknown", "notes")
 
 
-def predict_paths(paths, predictor: Predictor, *, fit: str = "crop") -> Iterator[dict]:
+def predict_paths(paths, predictor: Predictor, *, fit: str = "crop", details: bool = False) -> Iterator[dict]:
     """Predict files and folders; a bad one is reported in its row and does not stop the others.
 
     Parameters
@@ -26,20 +26,22 @@ def predict_paths(paths, predictor: Predictor, *, fit: str = "crop") -> Iterator
         A folder stands for all pictures in it and below, sorted, without hidden ones.
     predictor : Predictor
     fit : {"crop", "pad"}
+    details : bool
 
     Yields
     ------
     dict
         One for each picture, in order: path (str), label ("" on error), probability (None on error), error
-        ("" if none), unknown (whether it is unlike anything in CIFAR-10; None if not known) and notes (what was
-        done to the picture). A folder without pictures gives one row with an error.
+        ("" if none); with `details` also unknown (whether it is unlike anything in CIFAR-10; None if not known)
+        and notes (what was done to the picture). A folder without pictures gives one row with an error.
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     for chunk in chunks(_files(paths)):
         rows, pictures = [], []
         for path, error in chunk:
             name = os.fsdecode(path) if isinstance(path, (str, os.PathLike)) else type(path).__name__
-            rows.append({"path": name, "label": "", "probability": None, "error": error, "unknown": None, "notes": ""})
+            rows.append({"path": name, "label": "", "probability": None, "error": error})
+            rows[-1] |= {"unknown": None, "notes": ""} if details else {}
             try:
                 if not error:
                     pictures.append((rows[-1], squared(path, fit)))
@@ -48,7 +50,8 @@ def predict_paths(paths, predictor: Predictor, *, fit: str = "crop") -> Iterator
         answers = predictor.predict(torch.stack([picture.image for _, picture in pictures])) if pictures else []
         for (row, picture), answer in zip(pictures, answers, strict=True):
             row.update(label=answer.label, probability=answer.probability)
-            row.update(unknown=answer.unknown, notes="; ".join(picture.notes))
+            if details:
+                row.update(unknown=answer.unknown, notes="; ".join(picture.notes))
         yield from rows
 
 
@@ -84,7 +87,7 @@ def write_csv(rows: Iterable[dict], file, *, details: bool = False) -> tuple[int
     ----------
     rows : iterable of dict
     details : bool
-        Also write the columns unknown and notes.
+        Also write the columns unknown and notes, which the rows must have.
     file : path or text stream
         A file appears under its name only when it is complete.
 

@@ -728,7 +728,7 @@ def test_an_answer_tells_what_was_done_to_the_picture(predictor, tmp_path):
     assert predictor.predict(wide)[0].notes == ("the middle 10 x 10 of 20 x 10 pixels",)
     assert predictor.predict(wide, fit="pad")[0].notes == ("all of 20 x 10 pixels, with black bars",)
     wide.save(tmp_path / "wide.png")
-    (row,) = predict_paths(tmp_path / "wide.png", predictor)
+    (row,) = predict_paths(tmp_path / "wide.png", predictor, details=True)
     assert row["notes"] == "the middle 10 x 10 of 20 x 10 pixels"
     stream = io.StringIO()
     write_csv([row], stream, details=True)
