@@ -8,7 +8,7 @@ RUN      := $(VENV)/bin/python
 READY    := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help course lab test lint record benchmarks badges report clean
+.PHONY: help course lab app test lint record benchmarks badges report clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## */  make \1@/p' Makefile | awk -F@ '{ printf "%-15s %s\n", $$1, $$2 }'
@@ -19,6 +19,9 @@ course: $(READY)  ## run the six notebooks; RECIPE=quick, ARGS for more options
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	$(RUN) -m jupyterlab notebooks --ServerApp.tornado_settings='{"websocket_max_message_size": 67108864}' $(ARGS)
+
+app: $(READY)  ## the prediction widget as a page of its own, in your browser
+	$(RUN) -m cifar_ft app $(ARGS)
 
 test: lint  ## lint, then every test; ARGS='-m "not notebook"' for the quick ones
 	$(RUN) -m pytest $(ARGS)

@@ -130,6 +130,19 @@ def export(
     export_checked(run, out, typer.echo)
 
 
+@app.command("app")
+def app_(
+    port: Annotated[int, typer.Option(help="Where to listen.", min=1, max=65535)] = 8866,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Do not open a browser.")] = False,
+    host: Annotated[str, typer.Option(help="Address; the default is this machine alone.")] = "127.0.0.1",
+    pool: Annotated[int, typer.Option(help="Kernels kept ready, about 0.5 GB each.", min=1)] = 2,
+) -> None:
+    """Serve the prediction widget as a page of its own, until Ctrl-C."""
+    from cifar_ft.app import serve
+
+    serve(port, host, not no_browser, pool, typer.echo)
+
+
 @app.command()
 def course(
     recipe: Annotated[str, typer.Option(help="Name of the recipe.")] = "quick",

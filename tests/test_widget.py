@@ -16,9 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from cifar_ft.data import CLASSES, load_samples
+from cifar_ft import phrases
+from cifar_ft.choices import MOST_FILES, MOST_MIB
+from cifar_ft.data import CLASSES, Split, load_samples
+from cifar_ft.gallery import LONGEST, PAGE, Gallery, GalleryError
+from cifar_ft.pictures import ImageError
 from cifar_ft.predictions import Prediction, PredictionError
-from cifar_ft.widget import UPLOAD, PredictionModel, PredictionWidget, prediction_widget, uploaded_file
+from cifar_ft.widget import NOTHING, UPLOAD, PredictionModel, PredictionWidget, prediction_widget, uploaded_files
 
 SEVEN = ipywidgets.__version__.startswith("7.")
 
@@ -28,8 +32,9 @@ class Told:
 
     source = "a model <told> what to say"
 
-    def __init__(self, label="truck"):
+    def __init__(self, label="truck", unknown=None):
         self.label, self.asked, self.during, self.error = label, [], lambda: None, None
+        self.unknown = unknown
 
     def predict(self, images):
         self.asked.append(images)
@@ -38,7 +43,7 @@ class Told:
             raise self.error
         rest = dict.fromkeys(CLASSES, 0.01)
         index = CLASSES.index(self.label)
-        return [Prediction(self.label, index, 0.91, {**rest, self.label: 0.91})] * len(images)
+        return [Prediction(self.label, index, 0.91, {**rest, self.label: 0.91}, self.unknown)] * len(images)
 
 
 @pytest.fixture(scope="module")
@@ -62,29 +67,53 @@ def png(colour="red", size=(40, 20)):
     return file.getvalue()
 
 
-def send_file(widget, name, content):
-    """What the browser sends when a file has been chosen."""
-    about = {"name": name, "type": "image/png", "size": len(content), "lastModified": 1}
+def send_files(widget, files):
+    """What the browser sends when files have been chosen, as (name, content)."""
+    modified = "lastModified" if SEVEN else "last_modified"
+    about = [{"name": name, "type": "image/png", "size": len(content), modified: 1} for name, content in files]
     if SEVEN:
-        counter = widget.upload._counter + 1
-        state = {"_counter": counter, "metadata": [about], "data": [None], "error": ""}
-        paths = [["data", 0]]
+        counter = widget.upload._counter + len(files)
+        state = {"_counter": counter, "metadata": about, "data": [None] * len(files), "error": ""}
+        paths = [["data", i] for i in range(len(files))]
     else:
-        about["last_modified"] = about.pop("lastModified")
-        state, paths = {"value": [about], "error": ""}, [["value", 0, "content"]]
+        state, paths = {"value": about, "error": ""}, [["value", i, "content"] for i in range(len(files))]
     data = {"method": "update", "state": state, "buffer_paths": paths}
-    widget.upload._handle_msg({"content": {"data": data}, "buffers": [memoryview(content)]})
+    buffers = [memoryview(content) for _, content in files]
+    widget.upload._handle_msg({"content": {"data": data}, "buffers": buffers})
+
+
+def send_file(widget, name, content):
+    send_files(widget, [(name, content)])
+
+
+def send(control, **state):
+    """What the browser sends when a control has been changed."""
+    data = {"method": "update", "state": state, "buffer_paths": []}
+    control._handle_msg({"content": {"data": data}, "buffers": []})
 
 
 def select(widget, index):
-    """What the browser sends when a line of the list has been chosen; 0 is "choose a sample image"."""
-    data = {"method": "update", "state": {"index": index}, "buffer_paths": []}
-    widget.sample._handle_msg({"content": {"data": data}, "buffers": []})
+    """Choose a line of the sample images; 0 is "choose a sample image"."""
+    send(widget.sample, index=index)
+
+
+def pick(control, line):
+    """Choose a line of a list by its text."""
+    send(control, index=[text for text, _ in control.options].index(line))
+
+
+def press(button):
+    data = {"method": "custom", "content": {"event": "click"}}
+    button._handle_msg({"content": {"data": data}, "buffers": []})
 
 
 def click(widget):
-    data = {"method": "custom", "content": {"event": "click"}}
-    widget.button._handle_msg({"content": {"data": data}, "buffers": []})
+    press(widget.button)
+
+
+def thumbnails(widget):
+    """The pictures of the gallery that can be clicked, by their text."""
+    return {b.description: b for b in widget.thumbnails.buttons if b.layout.display != "none"}
 
 
 class Page(HTMLParser):
@@ -176,7 +205,7 @@ def test_a_new_source_always_clears_the_old_answer(widget):
 
 def test_upload_and_list_reset_each_other(widget, predictor):
     send_file(widget, "a.png", png())
-    assert widget.sample.value is None
+    assert widget.sample.value == NOTHING
     assert "a.png" in widget.picture.value
     first = widget.upload
     select(widget, 4)
@@ -188,7 +217,7 @@ def test_upload_and_list_reset_each_other(widget, predictor):
     click(widget)
     assert "sample 4" in widget.result.value
     send_file(widget, "a.png", png())  # the same file once more
-    assert widget.sample.value is None
+    assert widget.sample.value == NOTHING
     click(widget)
     assert "a.png: predicted" in Page(widget.result.value).text
     assert len(predictor.asked) == 2
@@ -255,7 +284,7 @@ def test_the_table_says_every_class_in_text_best_first(widget):
     widths = [int(re.search(r"width:(\d+)px", bar["style"])[1]) for bar in bars]
     assert widths[0] > 80 * widths[1] > 0
     assert page.all("div")[0]["lang"] == "en"
-    assert [a["role"] for a in page.all("p")] == ["status"]
+    assert [a["role"] for _, a in page.tags if "role" in a] == ["status"]
     assert len([a for a in page.all("th") if a["scope"] == "row"]) == 10
 
 
@@ -285,7 +314,7 @@ def test_the_controls_have_whole_names_and_tell_the_limit(widget, samples):
     for control in (widget.upload, widget.button, widget.sample):
         assert control.layout.width == "auto"
     assert widget.upload.icon == widget.button.icon == ""
-    assert not widget.upload.multiple
+    assert widget.upload.multiple
     assert len(widget.sample.options) == len({label for label, _ in widget.sample.options}) == 201
     for label, i in widget.sample.options[1:]:
         assert f"{CLASSES[samples.labels[i]]} (test image {samples.indices[i]})" in label
@@ -315,11 +344,11 @@ def test_a_page_without_a_kernel_shows_a_preview_in_place_of_the_widget(widget, 
 
 def test_both_forms_of_an_upload_are_understood():
     content = memoryview(b"abc")
-    eight = ({"name": "a.png", "type": "", "size": 3, "content": content, "last_modified": None},)
+    eight = ({"name": "a.png", "type": "", "size": 3, "content": content, "last_modified": None},) * 2
     seven = {"a.png": {"metadata": {"name": "a.png", "size": 3}, "content": b"abc"}}
-    assert uploaded_file(eight) == uploaded_file(seven) == ("a.png", b"abc")
-    assert uploaded_file(()) is None
-    assert uploaded_file({}) is None
+    assert uploaded_files(eight) == [("a.png", b"abc")] * 2
+    assert uploaded_files(seven) == [("a.png", b"abc")]
+    assert uploaded_files(()) == uploaded_files({}) == []
 
 
 def test_the_model_behind_the_widget_works_without_it(predictor, samples):
@@ -332,8 +361,375 @@ def test_the_model_behind_the_widget_works_without_it(predictor, samples):
     assert (model.prediction, model.true_label, model.uploaded) == (None, None, True)
     model.predict()
     model.choose_sample(None)
-    assert model.image is None
+    assert model.chosen is None
     assert model.prediction is None
+    with pytest.raises(ImageError, match="not a picture"):
+        model.choose_upload("a.png", b"text")
+    with pytest.raises(ImageError, match="choose crop or pad"):
+        model.set_fit("stretch")
+
+
+def test_several_uploads_are_answered_at_once_and_shown_one_by_one(widget, predictor):
+    files = [("a.png", png("red")), ("notes.txt", b"no picture"), ("a.png", png("blue", (10, 30)))]
+    if SEVEN:  # which keeps one file of a name
+        files[2] = ("c.png", files[2][1])
+    send_files(widget, files)
+    assert widget.file.layout.display == ""
+    assert [text.split(": ")[0] for text, _ in widget.file.options] == ["1", "2", "3"]
+    click(widget)
+    assert len(predictor.asked) == 1
+    assert [image[:, 16, 16].tolist() for image in predictor.asked[0]] == [[255, 0, 0], [0, 0, 255]]
+    page = Page(widget.result.value)
+    assert page.text.startswith("a.png: predicted truck")
+    summary = page.text[page.text.index("All uploaded pictures") :]
+    assert summary.count("truck, 91.0 %") == 2
+    assert "notes.txt not a picture that can be read" in summary
+    send(widget.file, index=2)
+    assert "10 x 30 pixels" in widget.picture.value
+    assert f"{files[2][0]}: predicted truck" in Page(widget.result.value).text
+    send(widget.file, index=1)
+    assert widget.picture.value == ""
+    assert 'role="alert"' in widget.result.value
+    assert "predicted" not in widget.result.value
+    assert len(predictor.asked) == 1
+    select(widget, 3)
+    assert widget.file.layout.display == "none"
+    assert "All uploaded" not in widget.result.value
+
+
+def test_only_broken_uploads_are_never_asked_about(widget, predictor):
+    send_files(widget, [("a.png", b""), ("b.png", b"x")])
+    click(widget)
+    assert predictor.asked == []
+    assert "Error: a.png:" in Page(widget.result.value).text
+
+
+def test_a_file_above_the_limit_is_refused_in_words(widget):
+    send_file(widget, "large.png", png() + bytes(MOST_MIB * 2**20))
+    assert "Error: large.png: 10.0 MiB; at most 10 MiB are allowed" in Page(widget.result.value).text
+    assert f"{MOST_MIB} MiB" in UPLOAD
+
+
+def test_too_many_files_are_refused_and_the_next_choice_works(widget):
+    content = png(size=(2, 2))
+    send_files(widget, [(f"{i}.png", content) for i in range(MOST_FILES + 1)])
+    assert "51 pictures at a time are too many; choose at most 50" in Page(widget.result.value).text
+    assert widget.picture.value == ""
+    first = widget.upload
+    select(widget, 1)
+    assert widget.result.value == ""
+    assert widget.upload is not first
+
+
+def test_large_uploads_are_not_kept(predictor, samples):
+    model = PredictionModel(predictor, samples)
+    model.choose_upload("large.png", png(size=(3000, 1000)))
+    assert model.chosen.shown.size == (192, 64)
+    assert [tuple(square.shape) for square in model.chosen.squares.values()] == [(3, 32, 32)] * 2
+
+
+def test_how_a_picture_becomes_square_can_be_chosen_and_is_shown(widget, predictor):
+    send_file(widget, "wide.png", png("red", (40, 20)))
+    assert "as the network sees it, cut to its middle" in widget.picture.value
+    click(widget)
+    pick(widget.fit, "is shown whole, with black borders")
+    assert widget.result.value == ""  # it was the answer to another square
+    assert "as the network sees it, whole with black borders" in widget.picture.value
+    _, as_seen = Page(widget.picture.value).all("img")
+    assert shown(as_seen)[0].max() == 0
+    click(widget)
+    assert predictor.asked[1][0][:, 0, 0].tolist() == [0, 0, 0]
+    assert predictor.asked[1][0][:, 16, 0].tolist() == [255, 0, 0]
+
+
+def test_notes_about_a_picture_are_shown_in_words(widget):
+    file = io.BytesIO()
+    Image.new("RGBA", (8, 8), (255, 0, 0, 100)).save(file, "PNG")
+    send_file(widget, "glass.png", file.getvalue())
+    assert "This picture: transparent parts shown on white." in widget.picture.value
+    pick(widget.language, "français")
+    assert "Cette image\xa0: parties transparentes sur fond blanc." in widget.picture.value
+
+
+@pytest.mark.parametrize(("unknown", "said"), [(True, True), (False, False), (None, False)])
+def test_a_picture_unlike_cifar10_is_said_to_be(samples, unknown, said):
+    widget = PredictionWidget(Told(unknown=unknown), samples)
+    click(widget)
+    text = Page(widget.result.value).text
+    assert ("Unlike anything in CIFAR-10." in text) is said
+    assert ("do not trust" in text) is said
+    assert "predicted truck" in text
+
+
+def test_two_models_are_compared(samples):
+    first, second = Told("truck"), Told("cat", unknown=True)
+    second.source = "the second"
+    widget = PredictionWidget(first, samples, other=second)
+    click(widget)
+    page = Page(widget.result.value)
+    assert "model 1, sample 1" in page.text
+    assert "predicted truck" in page.text
+    assert "model 2, sample 1" in page.text
+    assert "predicted cat" in page.text
+    assert "The two models disagree." in page.text
+    assert len(page.all("table")) == 2
+    assert "Model: the second" in page.text
+    assert torch.equal(first.asked[0][0], second.asked[0][0])
+    second.label = "truck"
+    click(widget)
+    assert "The two models agree." in Page(widget.result.value).text
+    send_files(widget, [("a.png", png()), ("b.png", png("blue"))])
+    click(widget)
+    assert "picture model 1 model 2 a.png truck, 91.0 %" in Page(widget.result.value).text
+
+
+@pytest.fixture
+def heat(monkeypatch):
+    """A heat map that is brightest in the upper right, in place of the real one."""
+    from cifar_ft import explanations
+
+    asked = []
+
+    def told(predictor, image, target=None):
+        asked.append((predictor, image))
+        values = np.zeros((32, 32), np.float32)
+        values[2, 29] = 1
+        return values
+
+    monkeypatch.setattr(explanations, "grad_cam", told)
+    return asked
+
+
+def test_a_heat_map_comes_with_the_answer_on_demand(widget, samples, heat):
+    click(widget)
+    assert heat == []
+    send(widget.heat_map, value=True)
+    (image,) = Page(widget.result.value).all("img")
+    assert image["alt"].startswith("Heat map of sample 1")
+    assert image["alt"].endswith("for truck, brightest in the upper right")
+    assert shown(image).shape == (32, 32, 3)
+    assert torch.equal(heat[0][1], samples.images[0])
+    send(widget.heat_map, value=False)
+    assert "<img" not in widget.result.value
+    assert "predicted truck" in Page(widget.result.value).text
+    send(widget.heat_map, value=True)
+    assert len(heat) == 1
+    select(widget, 2)
+    assert widget.result.value == ""
+    click(widget)
+    assert len(heat) == 2
+
+
+def test_a_heat_map_that_fails_is_an_alert_below_the_answer(widget, monkeypatch):
+    from cifar_ft import explanations
+
+    monkeypatch.setattr(explanations, "grad_cam", lambda *_: 1 / 0)
+    send(widget.heat_map, value=True)
+    click(widget)
+    text = Page(widget.result.value).text
+    assert "predicted truck" in text
+    assert "Error: Heat map: unexpected error, ZeroDivisionError" in text
+    send(widget.heat_map, value=False)
+    assert "Error" not in widget.result.value
+
+
+def test_every_text_is_there_in_french(widget, predictor):
+    predictor.unknown = True
+    click(widget)
+    pick(widget.language, "français")
+    texts = Page(widget.picture.value + widget.result.value).text
+    assert "prédiction camion , 91,0 %" in texts
+    for name in phrases.LABELS["fr"]:
+        assert name in texts
+    assert "vraie classe" in texts
+    assert "Ne ressemble à rien de CIFAR-10." in texts
+    english = {text for text in phrases.ENGLISH.values() if "{" not in text}
+    controls = [widget.language, widget.sample, widget.upload, widget.file, widget.fit, widget.heat_map, widget.button]
+    gallery = widget.thumbnails
+    controls += [gallery.kind, gallery.order, gallery.shuffle, gallery.earlier, gallery.later]
+    assert not english & {control.description for control in controls}
+    lists = [widget.sample, widget.fit, gallery.kind, gallery.order]
+    assert not english & {text for control in lists for text, _ in control.options}
+    assert "images 1 à 20 sur 200" in gallery.page.value
+    assert "\u2713 1 bateau" in thumbnails(widget)
+    assert "sample" not in texts
+    send_file(widget, "notes.png", b"not a picture")
+    assert "Erreur\xa0: notes.png: pas une image lisible ici\xa0; utilisez" in widget.result.value.replace(
+        "</strong>", ""
+    )
+    assert "Aperçu" in bundle_of(widget)["text/html"]
+    pick(widget.language, "English")
+    assert "Error: notes.png: not a picture" in Page(widget.result.value).text
+    assert widget.button.description == "Predict"
+
+
+def test_a_change_of_language_keeps_what_was_answered(widget, predictor):
+    send_file(widget, "mine.png", png())
+    click(widget)
+    pick(widget.language, "français")
+    assert "mine.png\xa0: prédiction" in widget.result.value
+    assert len(predictor.asked) == 1
+    assert widget.sample.value == NOTHING
+
+
+def test_the_languages_have_the_same_texts_and_gaps():
+    def gaps(text):
+        return set(re.findall(r"{(\w+)}", text))
+
+    assert phrases.ENGLISH.keys() == phrases.FRENCH.keys()
+    assert [key for key, text in phrases.ENGLISH.items() if gaps(text) != gaps(phrases.FRENCH[key])] == []
+    assert [len(set(labels)) for labels in phrases.LABELS.values()] == [10, 10]
+    with pytest.raises(phrases.LanguageError, match="'de'; choose from en, fr"):
+        prediction_widget(Told(), lang="de")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"text", png()[:60], b"\x89PNG\r\n\x1a\n" + bytes(40)],
+    ids=["empty", "text", "cut off", "damaged"],
+)
+def test_what_is_wrong_with_a_file_is_said_in_french_too(predictor, samples, content):
+    model = PredictionModel(predictor, samples, lang="fr")
+    model.choose_uploads([("a.png", content)])
+    said, lang = phrases.translated("fr", model.chosen.problem)
+    assert lang == "fr", model.chosen.problem
+    assert said != model.chosen.problem
+    assert phrases.translated("fr", "something new") == ("something new", "en")
+
+
+def test_a_picture_is_chosen_by_a_click_in_the_gallery(widget, samples):
+    assert len(thumbnails(widget)) == PAGE
+    name = f"4 {CLASSES[samples.labels[3]]}"
+    press(thumbnails(widget)[name])
+    assert widget.sample.value == 3
+    assert "sample 4" in widget.picture.value
+    assert f"\u2713 {name}" in thumbnails(widget)
+    assert len([text for text in thumbnails(widget) if "\u2713" in text]) == 1
+    select(widget, 6)
+    assert f"\u2713 6 {CLASSES[samples.labels[5]]}" in thumbnails(widget)
+    send_file(widget, "a.png", png())
+    assert not [text for text in thumbnails(widget) if "\u2713" in text]
+
+
+def test_each_thumbnail_is_its_own_picture(widget, samples):
+    style = widget.thumbnails.pictures.value
+    uris = re.findall(r'-(\d+) { background-image: url\("(data:[^"]+)"', style)
+    assert [int(k) for k, _ in uris] == list(range(PAGE))
+    for k, uri in uris:
+        assert np.array_equal(shown({"src": uri}), samples.images[int(k)].permute(1, 2, 0).numpy())
+    press(widget.thumbnails.later)
+    assert widget.thumbnails.pictures.value != style
+    assert "pictures 21 to 40 of 200" in widget.thumbnails.page.value
+
+
+def test_two_widgets_on_one_page_do_not_share_thumbnails(predictor, samples):
+    first, second = (PredictionWidget(predictor, samples).thumbnails for _ in range(2))
+    assert first.unique != second.unique
+    assert second.unique not in first.pictures.value
+
+
+def test_the_samples_can_be_browsed_by_class(widget, predictor):
+    pick(widget.thumbnails.kind, "frog")
+    assert len(thumbnails(widget)) == 20
+    assert all(text.endswith(" frog") for text in thumbnails(widget))
+    assert len(widget.sample.options) == 21
+    assert widget.picture.value == ""  # the ship that was chosen is not among them
+    press(next(iter(thumbnails(widget).values())))
+    click(widget)
+    pick(widget.thumbnails.kind, "all classes")
+    assert "frog" in widget.picture.value  # still among them, with its answer
+    assert "predicted truck" in Page(widget.result.value).text
+    assert len(predictor.asked) == 1
+
+
+def test_the_samples_can_be_drawn_at_random(widget):
+    stored = list(thumbnails(widget))
+    press(widget.thumbnails.shuffle)
+    assert widget.thumbnails.order.value == "random"
+    first = list(thumbnails(widget))
+    assert first != stored
+    press(widget.thumbnails.shuffle)
+    assert list(thumbnails(widget)) != first
+    pick(widget.thumbnails.order, "as stored")
+    assert {text.removeprefix("\u2713 ") for text in thumbnails(widget)} == {
+        text.removeprefix("\u2713 ") for text in stored
+    }
+
+
+class Sure:
+    """A predictor that takes every picture for a frog, the more confidently the redder it is."""
+
+    source = "frogs"
+
+    def predict(self, images):
+        redness = [0.5 + float(image[0].float().mean()) / 600 for image in images]
+        return [Prediction("frog", 6, red, {**dict.fromkeys(CLASSES, 0.0), "frog": red}) for red in redness]
+
+
+def test_the_most_confident_mistakes_come_first(samples):
+    widget = PredictionWidget(Sure(), samples)
+    pick(widget.thumbnails.order, "most confident mistakes first")
+    expected = [answer.probability for answer in Sure().predict(samples.images)]
+    expected = sorted((i for i in range(200) if samples.labels[i] != 6), key=lambda i: -expected[i])
+    assert [i for _, i in widget.sample.options[1:]] == expected
+    assert "taken for frog, " in widget.sample.options[1][0]
+    pick(widget.thumbnails.kind, "frog")
+    assert thumbnails(widget) == {}
+    assert "no mistakes here" in widget.thumbnails.page.value
+    pick(widget.thumbnails.kind, "cat")
+    assert len(widget.sample.options) == 21
+
+
+def test_mistakes_that_cannot_be_found_are_an_alert_and_change_nothing(widget, predictor):
+    before = list(thumbnails(widget))
+    predictor.error = PredictionError("the model is gone")
+    pick(widget.thumbnails.order, "most confident mistakes first")
+    assert 'role="alert"' in widget.thumbnails.page.value
+    assert "the model is gone" in widget.thumbnails.page.value
+    assert widget.thumbnails.order.value == "stored"
+    assert list(thumbnails(widget)) == before
+
+
+def test_a_gallery_pages_to_both_ends_and_no_further(samples):
+    gallery = Gallery(samples, lambda: [])
+    assert (gallery.has(-1), gallery.has(1)) == (False, True)
+    gallery.turn(-3)
+    assert gallery.page()[0] == 0
+    gallery.turn(100)
+    assert gallery.page() == list(range(180, 200))
+    assert (gallery.has(-1), gallery.has(1)) == (True, False)
+    with pytest.raises(GalleryError, match="choose from stored, random, mistakes"):
+        gallery.browse(order="size")
+
+
+def test_a_whole_test_set_is_browsed_in_part(predictor):
+    n = LONGEST + 50
+    split = Split(torch.zeros(n, 3, 32, 32, dtype=torch.uint8), torch.arange(n) % 10)
+    widget = PredictionWidget(predictor, split)
+    assert len(widget.sample.options) == LONGEST + 1
+    assert "pictures 1 to 20 of 200, drawn from 250" in widget.thumbnails.page.value
+    pick(widget.thumbnails.kind, "cat")
+    assert "pictures 1 to 20 of 25<" in widget.thumbnails.page.value
+
+
+def test_a_split_without_pictures_still_takes_uploads(predictor, samples):
+    widget = PredictionWidget(predictor, samples.take(torch.tensor([], dtype=torch.long)))
+    assert thumbnails(widget) == {}
+    assert widget.result.value == ""
+    send_file(widget, "a.png", png())
+    click(widget)
+    assert "a.png: predicted truck" in Page(widget.result.value).text
+
+
+def test_every_control_has_a_name(widget):
+    def controls(box):
+        for child in box.children:
+            yield from controls(child) if hasattr(child, "children") else [child]
+
+    kinds = (ipywidgets.Button, ipywidgets.Dropdown, ipywidgets.FileUpload, ipywidgets.Checkbox)
+    found = [control for control in controls(widget) if isinstance(control, kinds)]
+    assert len(found) == 12 + PAGE
+    assert all(control.description.strip() for control in found)
 
 
 def test_prediction_widget_takes_the_model_given_or_the_newest(predictor, monkeypatch):
