@@ -12,7 +12,7 @@ from pathlib import Path
 
 # Each contender's learning rates: its own default first, then two around the values usual for its optimiser.
 LEARNING_RATES = {
-    "cifar_ft": (0.04, 0.02, 0.01),
+    "cifar_ft": (0.001, 0.002, 0.0005),
     "plain": (0.001, 0.01, 0.03),
     "timm": (0.025, 0.01, 0.06),
     "trainer": (5e-5, 3e-4, 1e-3),

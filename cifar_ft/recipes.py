@@ -151,6 +151,12 @@ _modern = Recipe(
     nesterov=True, schedule="one_cycle", label_smoothing=0.1, ema_decay=0.999,
 )  # fmt: skip
 
+# AdamW suits EfficientNet-Lite0: at the same number of steps SGD stays far behind.
+_light = Recipe(
+    "quick", freeze="early", image_size=112, epochs=2, train_sizes=(80, 112), batch_size=64, optimizer="adamw",
+    lr=0.001, weight_decay=0.05, schedule="one_cycle", label_smoothing=0.05, ema_decay=0.995,
+)  # fmt: skip
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -158,17 +164,13 @@ RECIPES: dict[str, Recipe] = {
         _reference.replace(name="reference_b64", batch_size=64),
         _reference.replace(name="reference_b32_cosine", schedule="cosine"),
         _modern,
-        _modern.replace(
-            name="cpu", backbone="efficientnet_lite0", epochs=6, train_sizes=(64, 96, 96, 128, 128, 128), batch_size=64,
-            lr=0.02,
+        _light,
+        _light.replace(
+            name="speedrun", backbone="efficientnet_lite0", image_size=128, train_sizes=(96, 128), validation=False
         ),
-        _modern.replace(
-            name="quick", backbone="auto", freeze="early", epochs=2, image_size=112, train_sizes=(80, 112),
-            batch_size=64, lr=0.04, label_smoothing=0.05, ema_decay=0.995,
-        ),
-        _modern.replace(
-            name="speedrun", backbone="efficientnet_lite0", freeze="early", epochs=3, train_sizes=(96, 112, 128),
-            batch_size=64, lr=0.04, label_smoothing=0.05, ema_decay=0.995, validation=False,
+        _light.replace(
+            name="cpu", backbone="efficientnet_lite0", image_size=128, epochs=12, label_smoothing=0.1, ema_decay=0.998,
+            train_sizes=(64, 64, 96, 96, 96, 112, 112, 128, 128, 128, 128, 128),
         ),
         Recipe(
             "smoke", backbone="auto", image_size=32, epochs=2, batch_size=64, lr=0.01, head_lr_factor=10, nesterov=True,
