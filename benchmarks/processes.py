@@ -14,7 +14,7 @@ from cifar_ft.results import load_run
 
 SETTINGS = (
     "backbone=efficientnet_lite0 freeze=none train_sizes= image_size=64 epochs=2 train_images=5000 test_images=10 "
-    "lr=0.02 ema_decay=0.98 precision=fp32"
+    "ema_decay=0.98 precision=fp32"
 )
 
 

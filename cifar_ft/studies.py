@@ -30,9 +30,10 @@ from cifar_ft.speed import hardware
 
 # What every ablation starts from: small enough for three seeds of everything on a laptop.
 BASE = (
-    "backbone=efficientnet_lite0 freeze=none train_sizes= image_size=64 epochs=3 train_images=10000 lr=0.02 "
+    "backbone=efficientnet_lite0 freeze=none train_sizes= image_size=64 epochs=3 train_images=10000 "
     "label_smoothing=0.05 ema_decay=0.98"
 )
+SGD = "optimizer=sgd nesterov=true weight_decay=0.0005 head_lr_factor=10"
 # Question: the settings that answer it, each as changes of BASE; "" is BASE itself.
 ABLATIONS: dict[str, dict[str, str]] = {
     "What are the ImageNet weights worth?": {"ImageNet weights": "", "random weights": "weights=none"},
@@ -53,7 +54,11 @@ ABLATIONS: dict[str, dict[str, str]] = {
         "random stem of stride 1, 32 px": "stem=cifar_random image_size=32",
         "resampled stem of stride 1, 32 px": "stem=cifar_resampled image_size=32",
     },
-    "Batch 32 or 64?": {"batch 64": "", "batch 32": "batch_size=32", "batch 32, half the lr": "batch_size=32 lr=0.01"},
+    "Batch 32 or 64?": {
+        "batch 64": "",
+        "batch 32": "batch_size=32",
+        "batch 32, half the lr": "batch_size=32 lr=0.0005",
+    },
     "Which augmentation?": {
         "crop and flip": "",
         "crop": "flip=false",
@@ -62,7 +67,17 @@ ABLATIONS: dict[str, dict[str, str]] = {
     },
     "Which schedule?": {"one cycle": "", "cosine by epoch": "schedule=cosine", "constant": "schedule=constant"},
     "Label smoothing?": {"0.05": "", "0": "label_smoothing=0", "0.1": "label_smoothing=0.1"},
-    "One learning rate or two?": {"head at 10 times": "", "one for all": "head_lr_factor=1"},
+    "One learning rate or two?": {
+        "one for all": "",
+        "head at 3 times": "head_lr_factor=3",
+        "head at 10 times": "head_lr_factor=10",
+    },
+    "AdamW or SGD?": {
+        "AdamW, 0.001": "",
+        "SGD, 0.01": f"{SGD} lr=0.01",
+        "SGD, 0.02": f"{SGD} lr=0.02",
+        "SGD, 0.04": f"{SGD} lr=0.04",
+    },
     "Which normalisation?": {
         "ImageNet's": "",
         "CIFAR-10's std": "normalization=cifar10",

@@ -70,7 +70,7 @@ def test_ablations_go_on_where_they_were_stopped(small_data, tmp_path, monkeypat
         studies.run_ablations(small_data, file, (0, 1), echo=quiet)
     assert len(studies.Log(file).rows()) == 3
     studies.run_ablations(small_data, file, (0, 1), echo=quiet)
-    assert asked[4:] == [(0.02, True, 1), (0.5, True, 1), (0.02, False, 1)]
+    assert asked[4:] == [(0.001, True, 1), (0.5, True, 1), (0.001, False, 1)]
     rows = studies.Log(file).rows()
     assert len({(row["changes"], row["seed"]) for row in rows}) == len(rows) == 6
 
