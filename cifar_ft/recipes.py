@@ -165,8 +165,9 @@ RECIPES: dict[str, Recipe] = {
         _reference.replace(name="reference_b32_cosine", schedule="cosine"),
         _modern,
         _light,
-        _light.replace(
-            name="speedrun", backbone="efficientnet_lite0", image_size=128, train_sizes=(96, 128), validation=False
+        _modern.replace(
+            name="speedrun", backbone="efficientnet_lite0", freeze="early", epochs=3, train_sizes=(96, 112, 128),
+            batch_size=64, lr=0.04, label_smoothing=0.05, ema_decay=0.995, validation=False,
         ),
         _light.replace(
             name="cpu", backbone="efficientnet_lite0", image_size=128, epochs=12, label_smoothing=0.1, ema_decay=0.998,
