@@ -170,7 +170,7 @@ def test_a_recipe_error_is_a_user_error_and_a_value_error():
     ("overrides", "words"),
     [
         ("epochs", "no value"), ("epochs=1 epochs=2", "twice"), (["lr=1", "lr =2"], "twice"), ("lr='0.1", "quotation"),
-        ("name=mine", "unknown recipe key"), ("momentum=0", "nesterov"),
+        ("name=mine", "unknown recipe key"), ("momentum=0 nesterov=true", "nesterov"),
         ({"backbone": "efficientnet_lite0", "last_stage": 2}, "ResNets"),
         ({"backbone": "efficientnet_lite0", "max_pool": False}, "ResNets"),
         ({"train_sizes": (64,)}, "one size an epoch"), ({"train_sizes": (64, 8)}, "16 to 512"),
