@@ -158,7 +158,7 @@ class FeatureBank:
         predictor: Predictor,
         split: Split,
         *,
-        batch_size: int = 500,
+        batch_size: int = 100,
         progress: Callable[[int, int], object] | None = None,
     ):
         """Compute the features of every picture; `progress(images_done, images_in_all)` is called after each batch."""

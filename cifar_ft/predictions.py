@@ -210,7 +210,8 @@ class Predictor:
 
     def _batch_logits(self, images: Tensor) -> Tensor:
         split = SimpleNamespace(images=images)
-        logits = predict_logits(self.model, split, eval_transform(self.recipe), precision=self.precision)
+        options = {"batch_size": BATCH, "precision": self.precision}
+        logits = predict_logits(self.model, split, eval_transform(self.recipe), **options)
         if not logits.isfinite().all():
             raise PredictionError(f"{self.source} gives values that are not finite; use another run")
         return logits

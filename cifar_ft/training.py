@@ -311,9 +311,9 @@ def finish_run(
     model = accelerator.unwrap_model(training.kept)
     if training.best:
         model.load_state_dict(training.best["model"])
+    validation = gather_logits(model, splits["val"], recipe, accelerator) if recipe.validation else None
     logits = gather_logits(model, splits["test"], recipe, accelerator)
     mirrored = gather_logits(model, splits["test"], recipe, accelerator, flip_tta=True) if recipe.flip_tta else None
-    validation = gather_logits(model, splits["val"], recipe, accelerator) if recipe.validation else None
     if directory is None:
         return None
     labels = splits["test"].labels.cpu()

@@ -120,7 +120,7 @@ def test_it_ends_with_all_that_it_started(tmp_path, free_port, how):
         children = psutil.Process(process.pid).children(recursive=True)
         assert len(children) >= 2  # Voila and a kernel
         process.send_signal(getattr(signal, how))
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=120) == 0
         assert "Stopped." in process.stdout.read()
     finally:
         process.kill()

@@ -196,9 +196,12 @@ def test_the_maps_of_the_shipped_model_lie_where_covering_the_picture_hurts(samp
         kept = np.log(predictor.predict_proba(covered)[:, index])
         for stage, found in agreement.items():
             heat = grad_cam(predictor, image, index, stage=stage)
+            if not heat.any():  # nothing speaks for the class there
+                continue
             assert heat.max() == 1
             assert heat.min() == 0
             found.append(rank_correlation(heat.reshape(4, 8, 4, 8).mean((1, 3)).ravel(), -kept))
+    assert len(agreement["stage6"]) > 20
     assert np.mean(agreement["stage6"]) > 0.1
     assert np.mean(agreement["stage6"]) > np.mean(agreement["top"]) + 0.05  # the layer that one would take first
     np.testing.assert_array_equal(grad_cam(predictor, image), grad_cam(predictor, image, index, stage="stage6"))
@@ -288,7 +291,7 @@ def test_a_bank_refuses_what_it_cannot_give(bank, predictor, samples):
         with pytest.raises(ExplanationError, match="choose 1 to 200"):
             bank.nearest(samples.images[0], k)
     empty = Split(samples.images[:0], samples.labels[:0])
-    with pytest.raises(ExplanationError, match="0 pictures in batches of 500"):
+    with pytest.raises(ExplanationError, match="0 pictures in batches of 100"):
         FeatureBank(predictor, empty)
 
 

@@ -391,9 +391,9 @@ def scored(patch):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ({}, ["val", "val", "test"]),
+        ({}, ["val", "val", "val", "test"]),
         ({"validation": False, "select": "last"}, ["test"]),
-        ({"track_test": True}, ["val", "test", "val", "test", "test"]),
+        ({"track_test": True}, ["val", "test", "val", "test", "val", "test"]),
     ],
 )
 def test_the_test_set_is_scored_once_at_the_end_unless_tracked(small_data, tmp_path, monkeypatch, overrides, expected):
