@@ -36,13 +36,11 @@ class ExplanationError(CifarFtError, ValueError):
 def grad_cam(predictor: Predictor, image, target: int | str | None = None, *, stage: str | None = None) -> np.ndarray:
     """Where the network sees a class: Grad-CAM (Selvaraju et al., ICCV 2017), computed by captum's `LayerGradCam`.
 
-    In a ResNet the map is taken at the last kept stage. Only the average over all places and the head follow it, so
-    that the map, before its negative parts are cut off and it is scaled, sums to the class's logit less its bias. In
-    EfficientNet-Lite0 it is taken at stage 6. The two parts behind that have as few places (4 x 4 for an input of 112
-    pixels), but each of them has seen the whole picture, and their maps no longer lie where the evidence is: over 100
-    of the shipped images, the rank correlation of a model's map (recipe quick, 91.4 %) with what covering a patch takes
-    from the logit was 0.26 at stage 6, -0.14 at stage 7 and -0.03 at the top (standard error 0.03). A bump in the
-    middle, where most objects are, reached 0.26 as well: a map is a hint, no proof.
+    The map is taken at the last layer that still has places: the last kept stage of a ResNet, the activation behind
+    `conv_head` of EfficientNet-Lite0. Only the average over all places and the head follow it, so that the map, before
+    its negative parts are cut off and it is scaled, sums to the class's logit less its bias. It is coarse (an input of
+    112 pixels has 4 x 4 places there) and each place has seen the whole picture: a map is a hint, no proof. Which
+    layer agrees best with what covering a patch takes from the logit differs from model to model.
 
     Parameters
     ----------
@@ -85,10 +83,9 @@ def grad_cam(predictor: Predictor, image, target: int | str | None = None, *, st
 def _layer(model: torch.nn.Module, stage: str | None) -> torch.nn.Module:
     parts = stages(model)
     del parts["head"]
-    stage = stage or ("stage6" if "top" in parts else list(parts)[-1])
-    if stage not in parts:
+    if stage is not None and stage not in parts:
         raise ExplanationError(f"unknown stage {stage!r}; choose from {', '.join(parts)}")
-    return parts[stage][-1]
+    return parts[stage or list(parts)[-1]][-1]
 
 
 def _class_index(target: int | str) -> int:

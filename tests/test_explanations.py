@@ -186,25 +186,20 @@ def test_pictures_of_any_kind_are_explained_as_they_are_predicted(colours, corne
 
 
 def test_the_maps_of_the_shipped_model_lie_where_covering_the_picture_hurts(samples):
-    predictor, agreement = Predictor.shipped(), {"stage6": [], "top": []}
-    for image in samples.images[::7]:
+    predictor, agreement = Predictor.shipped(), []
+    for image in samples.images[::5]:
         index = predictor.predict(image)[0].index
         covered = image.repeat(16, 1, 1, 1)
         for place in range(16):
             row, column = 8 * (place // 4), 8 * (place % 4)
             covered[place, :, row : row + 8, column : column + 8] = image.float().mean((1, 2))[:, None, None].byte()
         kept = np.log(predictor.predict_proba(covered)[:, index])
-        for stage, found in agreement.items():
-            heat = grad_cam(predictor, image, index, stage=stage)
-            if not heat.any():  # nothing speaks for the class there
-                continue
-            assert heat.max() == 1
-            assert heat.min() == 0
-            found.append(rank_correlation(heat.reshape(4, 8, 4, 8).mean((1, 3)).ravel(), -kept))
-    assert len(agreement["stage6"]) > 20
-    assert np.mean(agreement["stage6"]) > 0.1
-    assert np.mean(agreement["stage6"]) > np.mean(agreement["top"]) + 0.05  # the layer that one would take first
-    np.testing.assert_array_equal(grad_cam(predictor, image), grad_cam(predictor, image, index, stage="stage6"))
+        heat = grad_cam(predictor, image)
+        assert heat.max() == 1
+        assert heat.min() == 0
+        agreement.append(rank_correlation(heat.reshape(4, 8, 4, 8).mean((1, 3)).ravel(), -kept))
+    assert np.mean(agreement) > 0.1  # its standard error is 0.05; a map without meaning has 0
+    np.testing.assert_array_equal(grad_cam(predictor, image), grad_cam(predictor, image, index, stage="top"))
 
 
 def rank_correlation(a, b):
