@@ -8,7 +8,7 @@ RUN      := $(VENV)/bin/python
 READY    := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help course lab app test lint record benchmarks badges report clean
+.PHONY: help course lab app test lint record ship benchmarks badges report clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## */  make \1@/p' Makefile | awk -F@ '{ printf "%-15s %s\n", $$1, $$2 }'
@@ -30,10 +30,14 @@ lint: $(READY)  ## ruff, on modules and notebooks
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-record: $(READY)  ## run the course on an idle machine and keep its outputs, run, model and report
+record: $(READY)  ## run the course on an idle machine; keep notebooks 01 to 04, run and report
 	rm -rf build/course
 	$(RUN) -m cifar_ft course --recipe quick --out build/course
-	$(RUN) -c "from cifar_ft.report import record; print('updated', *record('build/course'))"
+	$(RUN) -c "from cifar_ft.recording import record; print('updated', *record('build/course'))"
+
+ship: $(READY)  ## train the model that is shipped, on an idle machine; keep it, its figures, notebooks 05 and 06
+	$(RUN) -m cifar_ft train --recipe cpu --out build/cpu
+	$(RUN) -c "from cifar_ft.recording import ship; print('updated', *ship('build/cpu'))"
 
 benchmarks: $(READY)  ## speed against what else there is, on an idle machine; takes long
 	$(RUN) -m pip install $(PIP_ARGS) -r benchmarks/requirements.txt

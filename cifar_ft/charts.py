@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from cifar_ft.plots import GREY, HATCHES, MARKERS, PALETTE, new_figure
 
@@ -171,10 +172,32 @@ def coverage_chart(frame: pd.DataFrame) -> Figure:
     fig, ax = new_figure((6.4, 3.8))
     rows = frame[frame.coverage >= 0.2]
     ax.plot(100 * rows.coverage, 100 * rows.accuracy, color=PALETTE[0])
-    for share in (0.8, 0.9, 0.95):
-        row = frame.iloc[round(share * len(frame)) - 1]
-        ax.plot(100 * share, 100 * row.accuracy, "o", color=PALETTE[0])
-        text = f"{100 * row.accuracy:.1f} % of {share:.0%}"
-        ax.annotate(text, (100 * share, 100 * row.accuracy), xytext=(-8, -14), textcoords="offset points", ha="right")
+    for share in (0.8, 0.9, 1):
+        row = frame.loc[(frame.coverage - share).abs().idxmin()]
+        ax.plot(100 * row.coverage, 100 * row.accuracy, "o", color=PALETTE[0])
+        text, place = f"{100 * row.accuracy:.1f} % of {row.coverage:.0%}", (100 * row.coverage, 100 * row.accuracy)
+        ax.annotate(text, place, xytext=(-8, -14), textcoords="offset points", ha="right")
     ax.set(xlabel="images answered (%), the surest first", ylabel="accuracy on them (%)")
+    return fig
+
+
+def redrawn_chart(runs: Mapping[str, pd.DataFrame], published: pd.DataFrame) -> Figure:
+    """Test accuracy by epoch of runs that were scored on the test set each epoch, beside the published log.
+
+    Parameters
+    ----------
+    runs : label -> history with the columns epoch and test_accuracy.
+    published : `results.published_log`, drawn in grey as far as the longest run goes.
+    """
+    fig, ax = new_figure((9.5, 4.8))
+    longest = max(frame.epoch.max() for frame in runs.values())
+    start = published[published.epoch <= longest]
+    ax.plot(start.epoch, 100 * start.test_accuracy, color=GREY, linestyle=":", label="published log (whole ResNet-50)")
+    for place, (label, frame) in enumerate(runs.items()):
+        color, marker = PALETTE[place % len(PALETTE)], MARKERS[place % len(MARKERS)]
+        every = -(-len(frame) // 12)
+        ax.plot(frame.epoch, 100 * frame.test_accuracy, color=color, marker=marker, markevery=every, label=label)
+    ax.set(xlabel="epoch", ylabel="test accuracy (%)")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    fig.legend(loc="outside lower center", frameon=False, ncols=2)
     return fig

@@ -212,7 +212,8 @@ def run_course(
     recipe : str, optional
         Name of a recipe, the same as ``RECIPE`` among the parameters; default: what the notebooks declare.
     parameters : mapping or sequence of ``name=value``, optional
-        Notebook parameters; each notebook gets those it declares. ``RUN_DIR`` defaults to ``<out>/run``.
+        Notebook parameters; each notebook gets those it declares. ``RUN_DIR`` defaults to ``<out>/run``
+        where one of them trains.
     notebooks : folder or sequence of paths, optional
         What to run; default: see `find_notebooks`.
     before : callable, optional
@@ -242,7 +243,8 @@ def run_course(
 
     out = _empty_folder(out, chosen.get("RECIPE", "course"))
     given = {k: str(Path(os.path.expanduser(v)).resolve()) if k in PATHS and v else v for k, v in given.items()}
-    given["RUN_DIR"] = given.get("RUN_DIR") or str(out / "run")
+    if "RECIPE" in chosen:  # a run will be made
+        given["RUN_DIR"] = given.get("RUN_DIR") or str(out / "run")
     if before:
         before({**chosen, **given})
     record = {"complete": False, "seconds": {}, "total_seconds": 0.0, "parameters": given, "changed": changed}
@@ -258,7 +260,8 @@ def run_course(
             (out / "course.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
             write_html(out / path.name)
         echo(f"[{number}/{len(declared)}] {path.stem} {seconds:.1f} s")
-    metrics, config = (_read_json(Path(given["RUN_DIR"]) / name) for name in ("metrics.json", "config.json"))
+    made = Path(given.get("RUN_DIR") or out / "run")
+    metrics, config = (_read_json(made / name) for name in ("metrics.json", "config.json"))
     return CourseResult(list(record["seconds"].items()), metrics, config, out)
 
 

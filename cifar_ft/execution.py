@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def write_html(path: Path) -> None:
         path.with_suffix(".html").write_text(html, "utf-8")
 
 
-def publish(out: str | Path, notebooks_dir: str | Path) -> list[str]:
+def publish(out: str | Path, notebooks_dir: str | Path, names: Iterable[str] | None = None) -> list[str]:
     """Bring the outputs of a complete course run back into the notebooks that are committed.
 
     Only outputs and execution counts move; sources, tags and parameters stay those of the committed files.
@@ -134,6 +135,8 @@ def publish(out: str | Path, notebooks_dir: str | Path) -> list[str]:
         Folder of a `course.run_course` with the notebooks' own parameters.
     notebooks_dir : str or Path
         Folder of the notebooks to update.
+    names : iterable of str, optional
+        Those to update; default: all that were run.
 
     Returns
     -------
@@ -161,7 +164,7 @@ def publish(out: str | Path, notebooks_dir: str | Path) -> list[str]:
     neutral = f"course-output/{record['parameters'].get('RECIPE', 'course')}"
     private = dict.fromkeys((str(out), show_path(out)), neutral)
     updated = {}
-    for name in record["seconds"]:
+    for name in record["seconds"] if names is None else names:
         source = nbformat.read(notebooks_dir / f"{name}.ipynb", 4)
         updated[name] = _with_outputs(source, nbformat.read(out / f"{name}.ipynb", 4), name, private)
     for name, notebook in updated.items():

@@ -41,13 +41,14 @@ def test_quick_reaches_ninety_per_cent():
 
 
 def test_the_shipped_run_is_the_recorded_one():
+    recorded = ROOT / "results" / results.load_run(results.SHIPPED_RUN).recipe.name
     for name in FILES:
-        assert (results.SHIPPED_RUN / name).read_bytes() == (ROOT / "results" / "quick" / name).read_bytes()
+        assert (results.SHIPPED_RUN / name).read_bytes() == (recorded / name).read_bytes()
 
 
 def test_the_shipped_model_says_the_recorded_accuracy_and_is_small():
-    quick = results.load_run(ROOT / "results" / "quick")
-    assert results.accuracy_text(quick.correct, len(quick.labels)) in Predictor.shipped().source
+    run = results.load_run(results.SHIPPED_RUN)
+    assert results.accuracy_text(run.correct, len(run.labels)) in Predictor.shipped().source
     assert SHIPPED.stat().st_size < 10_000_000
 
 
@@ -57,13 +58,11 @@ def test_the_shipped_model_gives_the_recorded_answers():
 
     from cifar_ft.data import load_cifar10
 
-    test, quick = load_cifar10(echo=lambda line: None).test, results.load_run(results.SHIPPED_RUN)
+    test, run = load_cifar10(echo=lambda line: None).test, results.load_run(results.SHIPPED_RUN)
     chosen = test.subset(1000, seed=1).indices.numpy()
     said = Predictor.shipped().predict_proba(test.images[chosen]).argmax(1)
-    assert np.mean(said == quick.predictions[chosen]) > 0.985  # 16-bit weights move few answers
-    assert (
-        abs(np.mean(said == quick.labels[chosen]) - np.mean(quick.predictions[chosen] == quick.labels[chosen])) < 0.01
-    )
+    assert np.mean(said == run.predictions[chosen]) > 0.985  # 16-bit weights move few answers
+    assert abs(np.mean(said == run.labels[chosen]) - np.mean(run.predictions[chosen] == run.labels[chosen])) < 0.01
 
 
 def test_every_picture_of_the_readme_exists_and_can_be_opened():
@@ -93,8 +92,8 @@ def test_the_quick_start_states_the_recorded_accuracy_and_minutes():
     assert f"{quick.metrics['train_seconds'] / 60:.0f} of them training" in readme
 
 
-def test_the_notebooks_show_the_recorded_run():
-    quick = results.load_run(ROOT / "results" / "quick")
-    said = "test accuracy: " + results.accuracy_text(quick.correct, len(quick.labels))
-    for name in ("04_training", "05_results"):
+def test_the_notebooks_show_the_recorded_runs():
+    for name, folder in (("04_training", ROOT / "results" / "quick"), ("05_results", results.SHIPPED_RUN)):
+        run = results.load_run(folder)
+        said = "test accuracy: " + results.accuracy_text(run.correct, len(run.labels))
         assert said in (ROOT / "notebooks" / f"{name}.ipynb").read_text("utf-8")
