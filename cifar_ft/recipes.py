@@ -170,8 +170,8 @@ RECIPES: dict[str, Recipe] = {
             batch_size=64, lr=0.04, label_smoothing=0.05, ema_decay=0.995, validation=False,
         ),
         _light.replace(
-            name="cpu", backbone="efficientnet_lite0", image_size=128, epochs=12, label_smoothing=0.1, ema_decay=0.998,
-            train_sizes=(64, 64, 96, 96, 96, 112, 112, 128, 128, 128, 128, 128),
+            name="cpu", backbone="efficientnet_lite0", image_size=160, epochs=12, label_smoothing=0.1, ema_decay=0.998,
+            train_sizes=(96, 96, 128, 128, 128, 128, 128, 160, 160, 160, 160, 160),
         ),
         Recipe(
             "smoke", backbone="auto", image_size=32, epochs=2, batch_size=64, lr=0.01, head_lr_factor=10, nesterov=True,
