@@ -97,23 +97,25 @@ def corrupted_accuracy(
     return pd.DataFrame(rows, columns=["corruption", "level", "unit", "accuracy", "low", "high"])
 
 
-def accuracy_without(issues: pd.DataFrame, correct: np.ndarray) -> dict[str, dict]:
+def accuracy_without(issues: pd.DataFrame, correct: np.ndarray, indices: np.ndarray | None = None) -> dict[str, dict]:
     """Accuracy on the test set, and without images that have a twin or a label that raters did not confirm.
 
     Parameters
     ----------
     issues : DataFrame
         `results.test_issues()`: test_index, issue.
-    correct : bool array [10000]
+    correct : bool array [N]
         Whether each test image is predicted right.
+    indices : int array [N], optional
+        Their places in the official order of the test set; default: all 10,000, in that order.
 
     Returns
     -------
     dict
         "all", "without twins", "without unconfirmed labels" and "without both", each with images, accuracy and ci95.
     """
-    twins = _marked(issues, "twin", len(correct))
-    doubtful = _marked(issues, "label", len(correct))
+    indices = np.arange(len(correct)) if indices is None else indices
+    twins, doubtful = (_marked(issues, kind, indices) for kind in ("twin", "label"))
     kept = {"all": np.ones(len(correct), bool), "without twins": ~twins, "without unconfirmed labels": ~doubtful}
     kept["without both"] = ~twins & ~doubtful
     return {
@@ -168,10 +170,8 @@ def appraise(predictor: Predictor, test: Split, echo: Callable[[str], object] = 
     }
 
 
-def _marked(issues: pd.DataFrame, kind: str, n: int) -> np.ndarray:
-    mask = np.zeros(n, bool)
-    mask[issues.test_index[issues.issue.str.contains(kind)].to_numpy()] = True
-    return mask
+def _marked(issues: pd.DataFrame, kind: str, indices: np.ndarray) -> np.ndarray:
+    return np.isin(indices, issues.test_index[issues.issue.str.contains(kind)])
 
 
 def _to_uint8(images: Tensor) -> Tensor:
