@@ -73,6 +73,12 @@ def test_accuracy_without_doubtful_images_leaves_out_just_those():
     both = 10_000 - len(set(issues.test_index))
     assert found["without both"]["images"] == both
     assert len(doubtful) > 40
+    some = np.array(sorted(twins)[:5] + sorted(doubtful)[:5] + [0])  # a run may have scored a subset
+    part = robustness.accuracy_without(issues, np.arange(11) < 5, some)
+    assert {name: row["images"] for name, row in part.items()} == {
+        "all": 11, "without twins": 6, "without unconfirmed labels": 6, "without both": 1
+    }  # fmt: skip
+    assert part["without unconfirmed labels"]["accuracy"] == 5 / 6
 
 
 def test_temperature_undoes_a_known_one():
