@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,17 +21,7 @@ from pathlib import Path
 
 import pytest
 from driving import ROOT, SCREENSHOTS
-
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+from finding import launch, missing
 
 
 def pytest_collection_modifyitems(items):
@@ -40,33 +29,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if Path(item.fspath).parent == Path(__file__).parent:
             item.add_marker(pytest.mark.browser)
-
-
-def missing(what: str) -> None:
-    """Skip, or fail where everything has to be tested."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(f"{what}, and CI=true")
-    pytest.skip(what)
-
-
-def find_chromium() -> str | None:
-    """The path of a Chromium: found, or installed as Debian's package."""
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found or not shutil.which("apt-get") or os.geteuid() != 0:
-        return found
-    for command in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]):
-        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False, timeout=600)
-    return shutil.which("chromium")
-
-
-def launch(chromium):
-    """The browser: a Chromium of the system, else Playwright's own, fetched once."""
-    if path := find_chromium():
-        return chromium.launch(executable_path=path, args=FLAGS)
-    if not Path(chromium.executable_path).exists():
-        fetch = [sys.executable, "-m", "playwright", "install", "chromium"]
-        subprocess.run(fetch, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False, timeout=600)
-    return chromium.launch(args=FLAGS) if Path(chromium.executable_path).exists() else None
 
 
 @pytest.fixture(scope="session")
