@@ -169,7 +169,9 @@ def _fetch(parameters) -> None:
         typer.echo(f"Weights: {backbone}, {weights.name}, from {weights.source}\n")
 
 
-studies = typer.Typer(help="Recorded experiments, on the validation split alone.", no_args_is_help=True)
+studies = typer.Typer(
+    help="Recorded experiments; tries and ablations see the validation split alone.", no_args_is_help=True
+)
 app.add_typer(studies, name="study")
 Table = Annotated[Path, typer.Option("--out", help="The CSV file to go on with.")]
 

@@ -79,6 +79,9 @@ def _speed_facts(sections: dict) -> dict[str, str]:
     found = {}
     if steps := sections.get("steps"):
         found["steps.ratio"] = f"{steps['ratio_to_plain']:.1f}"
+        speed = steps["batch_32"]["course"]["images_per_second"]
+        found["steps.images_per_second"] = f"{speed:.0f}"
+        found["steps.reference_hours"] = f"{60 * 50_000 / speed / 3600:.0f}"
         found["steps.peak_share"] = f"{100 * steps['share_of_bf16_peak']:.0f} %"
     if start := sections.get("start"):
         found["start.import"] = f"{start['import_cifar_ft_training']:.1f} s"

