@@ -143,7 +143,9 @@ def _charts(root: Path) -> list[Path]:
         figures["speed_growth"] = charts.growth_chart(found["growth"])
     if (folder / "shipped.json").exists():
         shipped = _json(folder / "shipped.json")
-        figures["corruptions"] = charts.corruption_chart(pd.DataFrame(shipped["corruptions"]), shipped["accuracy"])
+        figures["corruptions"] = charts.corruption_chart(
+            pd.DataFrame(shipped["corruptions"]), shipped["corrupted_clean"]
+        )
         figures["coverage"] = charts.coverage_chart(pd.DataFrame(shipped["coverage"]))
     if (folder / "ablations.csv").exists():
         figures["ablations"] = charts.ablation_chart(studies.recorded_ablations())

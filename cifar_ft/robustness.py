@@ -128,7 +128,9 @@ def accuracy_without(issues: pd.DataFrame, correct: np.ndarray, indices: np.ndar
     }
 
 
-def appraise(predictor: Predictor, test: Split, echo: Callable[[str], object] = print) -> dict:
+def appraise(
+    predictor: Predictor, test: Split, echo: Callable[[str], object] = print, *, corrupted_images: int = 2000
+) -> dict:
     """All that this module measures, for one calibrated model on the test images.
 
     Parameters
@@ -137,23 +139,26 @@ def appraise(predictor: Predictor, test: Split, echo: Callable[[str], object] = 
         With a `calibration`; its temperature and threshold come from validation, not from these images.
     test : Split
         The 10,000 test images in the official order.
+    corrupted_images : int
+        How many of them, a stratified sample, are scored under each corruption and level.
 
     Returns
     -------
     dict
         JSON-ready: model, accuracy, ci95, temperature, ece_before, ece_after, false_alarms (share of test images
-        called unknown), without (see `accuracy_without`), corruptions (rows) and coverage (rows).
+        called unknown), without (see `accuracy_without`), corruptions (rows), their number of images and clean
+        accuracy, and coverage (rows).
     """
+    transform, sample = eval_transform(predictor.recipe), test.subset(min(corrupted_images, len(test)))
 
-    def logits_of(images: Tensor) -> Tensor:
-        return predict_logits(predictor.model, replace(test, images=images), transform, precision=predictor.precision)
+    def logits_of(images: Tensor, split: Split = sample) -> Tensor:
+        return predict_logits(predictor.model, replace(split, images=images), transform, precision=predictor.precision)
 
-    transform = eval_transform(predictor.recipe)
-    logits = logits_of(test.images)
+    logits = logits_of(test.images, test)
     labels, correct = test.labels.numpy(), (logits.argmax(1) == test.labels).numpy()
     calibrated = (logits / predictor.calibration["temperature"]).softmax(1).numpy()
     echo(f"clean: {accuracy_text(int(correct.sum()), len(correct))}")
-    corrupted = corrupted_accuracy(logits_of, test.images, test.labels, echo)
+    corrupted = corrupted_accuracy(logits_of, sample.images, sample.labels, echo)
     coverage = selective_accuracy(labels, calibrated)
     kept = [round(share * len(coverage)) - 1 for share in np.arange(0.2, 1.001, 0.02)]
     return {
@@ -165,6 +170,8 @@ def appraise(predictor: Predictor, test: Split, echo: Callable[[str], object] = 
         "ece_after": calibration(labels, calibrated)[1],
         "false_alarms": float((energy(logits) < predictor.calibration["lowest_energy"]).mean()),
         "without": accuracy_without(test_issues(), correct),
+        "corrupted_images": len(sample),
+        "corrupted_clean": float(correct[sample.indices.numpy()].mean()),
         "corruptions": corrupted.to_dict("records"),
         "coverage": coverage.iloc[kept].to_dict("records"),
     }
