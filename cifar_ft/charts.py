@@ -177,6 +177,7 @@ def coverage_chart(frame: pd.DataFrame) -> Figure:
         ax.plot(100 * row.coverage, 100 * row.accuracy, "o", color=PALETTE[0])
         text, place = f"{100 * row.accuracy:.1f} % of {row.coverage:.0%}", (100 * row.coverage, 100 * row.accuracy)
         ax.annotate(text, place, xytext=(-8, -14), textcoords="offset points", ha="right")
+    ax.margins(y=0.15)
     ax.set(xlabel="images answered (%), the surest first", ylabel="accuracy on them (%)")
     return fig
 
