@@ -155,7 +155,7 @@ class FeatureBank:
         predictor: Predictor,
         split: Split,
         *,
-        batch_size: int = 100,
+        batch_size: int = 32,
         progress: Callable[[int, int], object] | None = None,
     ):
         """Compute the features of every picture; `progress(images_done, images_in_all)` is called after each batch."""

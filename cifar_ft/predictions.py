@@ -40,7 +40,7 @@ __all__ = [
     "square",
 ]
 
-BATCH = 64  # pictures in memory at a time
+BATCH = 32  # pictures in memory at a time
 SHIPPED = Path(__file__).resolve().parent / "assets" / "model.safetensors"
 TRAIN = "train one with `python -m cifar_ft train --recipe quick`"
 

@@ -50,7 +50,7 @@ def test_the_other_references_differ_from_it_in_one_field(name, key, value):
             {"backbone": "resnet50", "image_size": 128, "stem": "pretrained", "normalization": "imagenet",
              "schedule": "one_cycle", "nesterov": True, "head_lr_factor": 10, "epochs": 10, "validation": True},
         ),
-        ("cpu", {"backbone": "efficientnet_lite0", "image_size": 128, "stem": "pretrained", "validation": True}),
+        ("cpu", {"backbone": "efficientnet_lite0", "image_size": 160, "stem": "pretrained", "validation": True}),
         ("quick", {"backbone": "auto", "image_size": 112, "freeze": "early", "validation": True}),
         ("speedrun", {"backbone": "efficientnet_lite0"}),
         ("smoke", {"backbone": "auto", "image_size": 32, "train_images": 512}),
@@ -65,7 +65,7 @@ def test_modern_smooths_labels_and_averages_weights_and_cpu_resizes_progressivel
     assert RECIPES["modern"].ema_decay > 0
     sizes = RECIPES["cpu"].train_sizes
     assert list(sizes) == sorted(sizes)
-    assert sizes[0] < sizes[-1] <= 128
+    assert sizes[0] < sizes[-1] == RECIPES["cpu"].image_size
 
 
 def test_no_recipe_lets_the_test_set_choose_and_only_references_log_it():
