@@ -286,7 +286,7 @@ def test_a_bank_refuses_what_it_cannot_give(bank, predictor, samples):
         with pytest.raises(ExplanationError, match="choose 1 to 200"):
             bank.nearest(samples.images[0], k)
     empty = Split(samples.images[:0], samples.labels[:0])
-    with pytest.raises(ExplanationError, match="0 pictures in batches of 100"):
+    with pytest.raises(ExplanationError, match="0 pictures in batches of 32"):
         FeatureBank(predictor, empty)
 
 

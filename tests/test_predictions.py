@@ -400,7 +400,7 @@ def test_a_generator_is_read_a_batch_at_a_time(predictor, samples, monkeypatch):
     plain = Predictor._batch_logits
     monkeypatch.setattr(Predictor, "_batch_logits", lambda self, x: seen.append((len(x), len(read))) or plain(self, x))
     predictor.predict(read.append(i) or samples.images[i] for i in range(150))
-    assert seen == [(64, 64), (64, 128), (22, 150)]
+    assert seen == [(32, 32), (32, 64), (32, 96), (32, 128), (22, 150)]
 
 
 def test_top_k_keeps_the_best_classes_best_first(predictor, samples):
@@ -623,7 +623,7 @@ def test_many_files_are_read_a_batch_at_a_time(folder, predictor):
     taken = []
     rows = predict_paths((taken.append(i) or folder / "b.png" for i in range(150)), predictor)
     next(rows)
-    assert len(taken) == 64
+    assert len(taken) == 32
     assert len(list(rows)) == 149
 
 
