@@ -170,7 +170,7 @@ class Predictor:
         ----------
         images : picture, batch, Split, or iterable of pictures
             A picture is anything that `read_image` reads; a batch is a Tensor [N, 3, H, W] or an array
-            [N, H, W, 3]. An iterable is read 64 pictures at a time.
+            [N, H, W, 3]. An iterable is read 32 pictures at a time.
         top_k : int, optional
             Keep only the probabilities of the `top_k` best classes.
         fit : {"crop", "pad"}
