@@ -35,10 +35,10 @@ CHOICES = {
 }
 # Lowest and highest allowed value; a bound that is excluded is written as the next representable idea of it.
 RANGES = {
-    "image_size": (16, 512), "crop_padding": (0, 16), "head_fit_images": (0, 50_000), "epochs": (1, 10_000),
-    "batch_size": (2, 50_000), "lr": (1e-8, 100.0), "head_lr_factor": (1e-4, 1e4), "momentum": (0.0, 0.9999),
-    "weight_decay": (0.0, 10.0), "warmup": (0.0, 0.9), "label_smoothing": (0.0, 0.9), "ema_decay": (0.0, 0.99999),
-    "train_images": (10, 50_000), "val_images": (10, 5_000), "test_images": (10, 10_000),
+    "image_size": (16, 512), "crop_padding": (0, 16), "cutout": (0, 32), "head_fit_images": (0, 50_000),
+    "epochs": (1, 10_000), "batch_size": (2, 50_000), "lr": (1e-8, 100.0), "head_lr_factor": (1e-4, 1e4),
+    "momentum": (0.0, 0.9999), "weight_decay": (0.0, 10.0), "warmup": (0.0, 0.9), "label_smoothing": (0.0, 0.9),
+    "ema_decay": (0.0, 0.99999), "train_images": (10, 50_000), "val_images": (10, 5_000), "test_images": (10, 10_000),
     "accumulation": (1, 1024), "checkpoint_steps": (0, 10_000_000), "seed": (0, 2**31 - 1),
 }  # fmt: skip
 
@@ -63,6 +63,7 @@ class Recipe:
     normalization: str = "imagenet"
     crop_padding: int = 4
     flip: bool = True
+    cutout: int = 0  # side of a square covered with the mean colour, in pixels of the 32-pixel image; 0: none
     train_images: int | None = None
     val_images: int | None = None
     test_images: int | None = None
@@ -170,8 +171,8 @@ RECIPES: dict[str, Recipe] = {
             batch_size=64, lr=0.04, label_smoothing=0.05, ema_decay=0.995, validation=False,
         ),
         _light.replace(
-            name="cpu", backbone="efficientnet_lite0", image_size=160, epochs=12, label_smoothing=0.1, ema_decay=0.998,
-            train_sizes=(96, 96, 128, 128, 128, 128, 128, 160, 160, 160, 160, 160),
+            name="cpu", backbone="efficientnet_lite0", image_size=192, epochs=12, label_smoothing=0.1, ema_decay=0.998,
+            cutout=12, train_sizes=(96, 96, 128, 128, 128, 128, 160, 160, 160, 192, 192, 192),
         ),
         Recipe(
             "smoke", backbone="auto", image_size=32, epochs=2, batch_size=64, lr=0.01, head_lr_factor=10, nesterov=True,

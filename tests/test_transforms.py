@@ -10,6 +10,7 @@ from cifar_ft import transforms
 from cifar_ft.recipes import RECIPES, get_recipe
 from cifar_ft.transforms import (
     NORMALIZATIONS,
+    cut_out,
     denormalize,
     draw,
     eval_transform,
@@ -44,7 +45,7 @@ def test_a_crop_is_torchvisions_at_each_of_the_81_offsets(samples, dtype):
 @given(height=st.integers(1, 9), width=st.integers(1, 9), padding=st.integers(0, 3), seed=st.integers(0, 1000))
 def test_a_crop_is_torchvisions_for_any_shape_and_padding(height, width, padding, seed):
     images = torch.randint(0, 256, (5, 2, height, width), dtype=torch.uint8, generator=seeded(seed))
-    offsets, _ = draw(5, padding, seeded(seed))
+    offsets, *_ = draw(5, padding, seeded(seed))
     expected = [torchvision_crop(image, offset, padding) for image, offset in zip(images, offsets, strict=True)]
     assert torch.equal(random_crop(images, offsets, padding), torch.stack(expected))
 
@@ -66,7 +67,7 @@ def limit(degrees):
 
 
 def test_draws_are_uniform_and_independent_as_of_randomcrop_and_randomhorizontalflip():
-    offsets, flips = draw(162 * 300, 4, seeded())
+    offsets, flips, _ = draw(162 * 300, 4, seeded())
     assert offsets.min() == 0
     assert offsets.max() == 8
     cells = (offsets[:, 0] * 9 + offsets[:, 1]) * 2 + flips
@@ -89,10 +90,10 @@ def test_the_train_transform_moves_each_image_as_often_to_each_of_the_81_places_
 
 
 def test_the_train_transform_is_torchvisions_pipeline_at_the_same_draws(samples):
-    offsets, flips = draw(200, 4, seeded())
+    draws = draw(200, 4, seeded())
     mean, std = NORMALIZATIONS["cifar10_published"]
-    found = train_transform(RECIPES["reference_b32"])(samples.images, draws=(offsets, flips))
-    for image, offset, flip, result in zip(samples.images, offsets, flips, found, strict=True):
+    found = train_transform(RECIPES["reference_b32"])(samples.images, draws=draws)
+    for image, offset, flip, result in zip(samples.images, *draws[:2], found, strict=True):
         image = torchvision_crop(image, offset)
         image = tv.hflip(image) if flip else image
         torch.testing.assert_close(result, tv.normalize(image.float() / 255, mean, std), rtol=1e-5, atol=1e-5)
@@ -170,3 +171,28 @@ def test_uint8_goes_in_and_channels_last_float32_of_the_recipes_size_comes_out(s
     assert torch.equal(images, before)  # the dataset in memory is not touched
     assert train_transform(recipe)(images, size=40).shape == (6, 3, 40, 40)  # progressive resizing
     assert transforms.eval_transform(recipe).size == size
+
+
+def test_a_cutout_covers_its_square_and_nothing_else():
+    images = torch.full((3, 3, 32, 32), 200, dtype=torch.uint8)
+    centres = torch.tensor([[0.5, 0.25], [0.0, 0.0], [0.999, 0.5]])
+    cut = cut_out(images, centres, 12)
+    assert cut.dtype == torch.uint8
+    for image, rows, columns in zip(cut, [(10, 22), (0, 6), (25, 32)], [(2, 14), (0, 6), (10, 22)], strict=True):
+        covered = torch.zeros(32, 32, dtype=torch.bool)
+        covered[slice(*rows), slice(*columns)] = True
+        assert normalize(image[None])[0][:, covered].abs().max() < 0.01  # the mean colour
+        assert (image[:, ~covered] == 200).all()
+    assert (images == 200).all()
+
+
+def test_cutouts_fall_everywhere_alike_and_only_where_the_recipe_asks(samples):
+    transform = train_transform(get_recipe("quick", "cutout=12 image_size=32 flip=false crop_padding=0"))
+    white = torch.full((6000, 3, 32, 32), 255, dtype=torch.uint8)
+    covered = (transform(white, seeded()).abs().amax(1) < 0.01).float().mean(0)
+    assert covered[8:24, 8:24].sub((12 / 32) ** 2).abs().max() < 0.03
+    assert covered[0, 0] == pytest.approx((6 / 32) ** 2, abs=0.01)  # squares hang over the edges
+    plain = train_transform(get_recipe("quick"))
+    draws = draw(len(samples), 4, seeded())
+    elsewhere = (*draws[:2], 1 - draws[2])
+    assert torch.equal(plain(samples.images, draws=draws), plain(samples.images, draws=elsewhere))
