@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -90,12 +90,17 @@ def train(
 
 @app.command()
 def predict(
-    inputs: Annotated[list[Path], typer.Argument(metavar="IMAGE|FOLDER...", help="Pictures, or folders of them.")],
+    inputs: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER...", help="Pictures, or folders of them.")],
     run: Annotated[
         Path | None, typer.Option(help="A run folder; default: the newest run, else the shipped model.")
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the rows to this file instead.")] = None,
-    details: Annotated[bool, typer.Option("--details", help="Also the columns unknown and notes.")] = False,
+    fit: Annotated[
+        Literal["crop", "pad"], typer.Option(help="A picture that is not square: its middle, or all of it with bars.")
+    ] = "crop",
+    details: Annotated[
+        bool, typer.Option("--details", help="Also the columns unknown (unlike anything in CIFAR-10) and notes.")
+    ] = False,
 ) -> None:
     """Predict the class of pictures: a row for each input, path,label,probability,error."""
     from tqdm import tqdm
@@ -108,8 +113,13 @@ def predict(
     rows_seen = csv is None and sys.stdout.isatty()  # progress enough
     hidden = rows_seen or not sys.stderr.isatty()
     rows = tqdm(
-        predict_paths(inputs, predictor, details=details), total=count_files(inputs), unit="picture", disable=hidden
+        predict_paths(inputs, predictor, fit=fit, details=details),
+        total=count_files(inputs),
+        unit="picture",
+        disable=hidden,
     )
+    if csv is None and hasattr(sys.stdout, "reconfigure"):  # no file name may end the run
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     total, failed = write_csv(rows, csv or sys.stdout, details=details)
     typer.echo(f"{total} inputs, {failed} could not be read", err=True)
     if failed:

@@ -42,7 +42,7 @@ def result_html(state: PredictionModel) -> str:
     """The answer, or what went wrong, or nothing yet."""
     parts = ""
     if problem := state.error or (state.chosen.problem if state.chosen else ""):
-        parts = alert_html(state.lang, problem, f"{state.name}: " if state.name else "")
+        parts = alert_html(state.lang, problem, f"{state.name}{state.say('colon')}" if state.name else "")
     elif state.prediction:
         parts = _answer_html(state) + _heat_html(state)
     if len(state.choices) > 1 and any(choice.answers for choice in state.choices):
@@ -79,6 +79,8 @@ def _sentence(state: PredictionModel, i: int) -> str:
         said += state.say("true_label", label=true, verdict=verdict)
     if answer.unknown:
         said += f".<br><strong>{state.say('unknown')}</strong> {state.say('unknown_why')}"
+        if calibration := getattr(state.models[i], "calibration", None):
+            said += " " + state.say("false_alarms", percent=percent(state.lang, calibration["false_alarms"], digits=0))
     return said
 
 
@@ -103,7 +105,7 @@ def _heat_html(state: PredictionModel) -> str:
     if not state.heat_map:
         return ""
     if state.heat_error:
-        return alert_html(state.lang, state.heat_error, f"{state.say('heat_map')}: ")
+        return alert_html(state.lang, state.heat_error, state.say("heat_map") + state.say("colon"))
     parts = ""
     for answer, (heat, picture) in zip(state.chosen.answers, state.chosen.heats, strict=True):
         label = _label(state.lang, answer)

@@ -21,11 +21,14 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+import matplotlib
+
 from cifar_ft import CifarFtError
 
 PACKAGE = Path(__file__).resolve().parent
 NOTEBOOK = PACKAGE / "assets" / "app.ipynb"
 HOST = "127.0.0.1"
+FONTS = "matplotlib"  # folder of its list of fonts
 PORT = 8866
 READY = "CIFAR_FT_APP_READY"  # environment variable: the folder where a kernel says that its page is ready
 PATIENCE = 120  # seconds for the first kernels
@@ -115,6 +118,9 @@ def prepare(folder: Path) -> None:
     launch.append("--log-level=40")  # errors only
     kernel = {"argv": launch, "display_name": "Python 3", "language": "python"}
     (folder / "kernels/kernels/python3/kernel.json").write_text(json.dumps(kernel))
+    (folder / FONTS).mkdir()
+    for fonts in Path(matplotlib.get_cachedir()).glob("fontlist-*.json"):  # else each kernel looks for fonts, slowly
+        shutil.copy(fonts, folder / FONTS)
 
 
 def command(folder: Path, port: int, host: str, pool: int) -> list[str]:
@@ -164,6 +170,7 @@ def environment(folder: Path) -> dict[str, str]:
         READY: folder / "ready",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])),
         "TMPDIR": folder,
+        "MPLCONFIGDIR": folder / FONTS,
         "PYDEVD_DISABLE_FILE_VALIDATION": 1,  # of a debugger that nobody uses here, else it warns
     }
     dropped = ("JUPYTER_CONFIG_PATH", "JUPYTER_NO_CONFIG", "PYTHONSTARTUP")

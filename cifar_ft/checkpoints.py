@@ -9,12 +9,14 @@ import hashlib
 import io
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 
 from cifar_ft import CifarFtError
+from cifar_ft.recipes import Recipe, RecipeError
 from cifar_ft.sources import show_path
 
 KEEP = 2  # checkpoints: the newest and the one to fall back to
@@ -113,6 +115,8 @@ class RunDirectory:
             With each difference.
         """
         stored = self.config()
+        with suppress(RecipeError, KeyError, TypeError):  # of a damaged one, which is then compared as it is
+            stored["recipe"] = Recipe.from_dict(stored["recipe"]).to_dict()  # with the keys that came later
         changes = [
             f"{part}.{key}: {stored.get(part, {}).get(key)!r} then, {config[part].get(key)!r} now"
             for part, keys in _must_agree(config).items()

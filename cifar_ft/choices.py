@@ -16,7 +16,7 @@ from cifar_ft import CifarFtError, answers
 from cifar_ft.data import CLASSES, Split, load_samples
 from cifar_ft.gallery import Gallery, reduced
 from cifar_ft.phrases import LABELS, NOTHING_CHOSEN, checked_language, percent, text
-from cifar_ft.pictures import ImageError, read_picture, square
+from cifar_ft.pictures import ImageError, Picture, read_picture, square
 from cifar_ft.predictions import Prediction, Predictor
 
 FITS = ("crop", "pad")
@@ -63,10 +63,10 @@ class Choice:
     heats: list[tuple[np.ndarray, Image.Image]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, image: Tensor, **about) -> Choice:
-        """For a picture, uint8 [3, H, W]."""
-        squares = {fit: square(image, fit) for fit in FITS}
-        return cls(shown=reduced(image), size=(image.shape[2], image.shape[1]), squares=squares, **about)
+    def of(cls, picture: Picture, **about) -> Choice:
+        """For a picture that has been read."""
+        squares = {fit: square(picture.image, fit) for fit in FITS}
+        return cls(shown=reduced(picture.image), size=picture.size, squares=squares, notes=picture.notes, **about)
 
     @classmethod
     def upload(cls, name: str, content: bytes) -> Choice:
@@ -78,7 +78,7 @@ class Choice:
             picture = read_picture(bytes(content))
         except ImageError as error:
             return cls(name, problem=str(error).removeprefix("the picture").removeprefix(": ").strip())
-        return cls.of(picture.image, name=name, notes=tuple(picture.notes))
+        return cls.of(picture, name=name)
 
     def forget(self) -> None:
         """Drop all that the models said."""
@@ -191,7 +191,7 @@ class PredictionModel:
         """Choose a sample image by its position in the split; `None` chooses nothing."""
         self.clear()
         if position is not None:
-            self.choices = [Choice.of(self.samples.images[position].cpu(), sample=position)]
+            self.choices = [Choice.of(read_picture(self.samples.images[position]), sample=position)]
 
     def choose_uploads(self, files: list[tuple[str, bytes]]) -> None:
         """Choose uploaded files by name and content. Raises ImageError when there are too many.

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 
-from cifar_ft.pictures import ImageError, squared
+from cifar_ft.pictures import SUFFIXES, ImageError, squared
 from cifar_ft.predictions import Predictor, chunks, replacing
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
 COLUMNS = ("path", "label", "probability", "error")
 DETAILS = ("unknown", "notes")
 
@@ -23,7 +22,7 @@ def predict_paths(paths, predictor: Predictor, *, fit: str = "crop", details: bo
     Parameters
     ----------
     paths : path or iterable of paths
-        A folder stands for all pictures in it and below, sorted, without hidden ones.
+        A folder stands for all pictures in it and below, sorted, without hidden ones; links are followed.
     predictor : Predictor
     fit : {"crop", "pad"}
     details : bool
@@ -67,8 +66,12 @@ def _files(paths: Iterable) -> Iterator[tuple[object, str]]:
         if not os.path.isdir(folder):
             yield path, ""
             continue
-        found, failures = False, []
-        for root, folders, names in os.walk(folder, onerror=failures.append):
+        found, failures, seen = False, [], set()
+        for root, folders, names in os.walk(folder, onerror=failures.append, followlinks=True):
+            if (real := os.path.realpath(root)) in seen:  # a link to a folder further up, for example
+                folders.clear()
+                continue
+            seen.add(real)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(names):
                 if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):
@@ -77,7 +80,7 @@ def _files(paths: Iterable) -> Iterator[tuple[object, str]]:
         for failure in failures:
             yield failure.filename, f"this folder cannot be read: {failure.strerror}"
         if not found and not failures:
-            yield path, f"there are no pictures in this folder; looked for {' '.join(sorted(SUFFIXES))}"
+            yield path, f"there are no pictures in this folder; looked for {' '.join(SUFFIXES)}"
 
 
 def write_csv(rows: Iterable[dict], file, *, details: bool = False) -> tuple[int, int]:
@@ -107,6 +110,8 @@ def write_csv(rows: Iterable[dict], file, *, details: bool = False) -> tuple[int
     writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow(row)
+        # A spreadsheet would take such a name for a formula; the path stays the same file's.
+        path = f"./{row['path']}" if row["path"].startswith(("=", "+", "-", "@")) else row["path"]
+        writer.writerow({**row, "path": path})
         total, failed = total + 1, failed + bool(row["error"])
     return total, failed

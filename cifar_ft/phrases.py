@@ -64,6 +64,8 @@ ENGLISH = {
     "disagree": "The two models disagree.",
     "unknown": "Unlike anything in CIFAR-10.",
     "unknown_why": "The model can only answer with one of its ten classes, so do not trust this answer.",
+    "false_alarms": "About {percent} of CIFAR-10's own pictures get this warning too.",
+    "colon": ": ",
     "class": "class",
     "probability": "probability",
     "is_true": "{label} (true label)",
@@ -121,6 +123,8 @@ FRENCH = {
     "disagree": "Les deux modèles ne sont pas d'accord.",
     "unknown": "Ne ressemble à rien de CIFAR-10.",
     "unknown_why": "Le modèle ne peut répondre que par une de ses dix classes\xa0: ne vous fiez pas à cette réponse.",
+    "false_alarms": "Environ {percent} des images de CIFAR-10 reçoivent aussi cet avertissement.",
+    "colon": "\xa0: ",
     "class": "classe",
     "probability": "probabilité",
     "is_true": "{label} (vraie classe)",
@@ -151,13 +155,17 @@ NOWHERE = {"en": "nowhere", "fr": "nulle part"}
 # Whole messages of `pictures` and of the widget's own logic, and what they are in French.
 KNOWN = {
     r"the first of several frames": r"la première de plusieurs vues",
+    r"frame (\d+) of several": r"la vue \1 de plusieurs",
     r"turned upright as its EXIF data say": r"redressée selon ses données EXIF",
     r"every second pixel left out, as it is very large": r"un pixel sur deux laissé de côté, car elle est très grande",
     r"brightness scaled to 8 bits": r"luminosité ramenée à 8 bits",
+    r"brightness taken as 8 bits": r"luminosité prise pour 8 bits",
     r"transparent parts shown on white": r"parties transparentes sur fond blanc",
     r"printing colours \(CMYK\) converted": r"couleurs d'imprimerie (CMJN) converties",
     re.escape(NOTHING_CHOSEN): r"aucune image n'est choisie ; choisissez une image d'exemple ou envoyez une image",
-    r"not a picture that can be read here; use (.+) or (\w+)": r"pas une image lisible ici ; utilisez \1 ou \2",
+    r"not a picture that can be read here; use (.+) or (\w+)": (
+        r"ce n'est pas une image lisible ici ; utilisez \1 ou \2"
+    ),
     r"(?:is )?empty: 0 bytes; choose a picture file": r"vide : 0 octet ; choisissez un fichier d'image",
     r"too large: ([\d,]+) x ([\d,]+) pixels; at most ([\d,]+) are allowed": (
         r"trop grande : \1 x \2 pixels ; au plus \3 sont permis"
@@ -197,9 +205,9 @@ def text(lang: str, key: str, **values) -> str:
     return TEXTS[lang][key].format(**values)
 
 
-def percent(lang: str, probability: float) -> str:
+def percent(lang: str, probability: float, digits: int = 1) -> str:
     """0.912 as "91.2 %", in French "91,2 %"."""
-    number = f"{100 * probability:.1f}"
+    number = f"{100 * probability:.{digits}f}"
     return f"{number} %" if lang == "en" else f"{number.replace('.', ',')}\xa0%"
 
 
@@ -213,5 +221,11 @@ def translated(lang: str, message: str) -> tuple[str, str]:
     if lang == "fr":
         for known, french in KNOWN.items():
             if match := re.fullmatch(known, message, re.DOTALL):
-                return re.sub(r" ([;:])", "\xa0\\1", match.expand(french)), "fr"
+                said = re.sub(r" ([;:])", "\xa0\\1", match.expand(french))
+                return said if ".+" in known else _numbers(said), "fr"
     return message, "en"
+
+
+def _numbers(english: str) -> str:
+    """1,000.5 as French writes it, wherever it stands."""
+    return re.sub(r"(?<=\d)\.(?=\d)", ",", re.sub(r"(?<=\d),(?=\d{3})", "\u202f", english))

@@ -25,7 +25,13 @@ MAX_PIXELS = 50_000_000
 MAX_PIXELS_JPEG2000 = 12_000_000  # its decoder takes 12 bytes a pixel
 LARGE = 12_000_000  # pixels; larger pictures are halved right after decoding
 # Named one by one: Pillow would hand other kinds to outside programs (EPS to Ghostscript).
-FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000")
+# ICO is not among them: Pillow decodes what is inside before its size can be checked.
+FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+# The usual endings of their names.
+SUFFIXES = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
+    ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".jpx",
+)  # fmt: skip
 
 
 class ImageError(CifarFtError, ValueError):
@@ -33,10 +39,14 @@ class ImageError(CifarFtError, ValueError):
 
 
 class Picture(NamedTuple):
-    """A picture, uint8 [3, H, W], and in words what was done to get it, such as "the first of several frames"."""
+    """A picture, uint8 [3, H, W], and in words what was done to get it, such as "the first of several frames".
+
+    `size` is its width and height as given, upright: more than those of `image` where it was very large.
+    """
 
     image: Tensor
     notes: tuple[str, ...] = ()
+    size: tuple[int, int] = (0, 0)
 
 
 def read_image(source) -> Tensor:
@@ -51,9 +61,9 @@ def read_picture(source) -> Picture:
     ----------
     source : path, bytes, file object, PIL image, array or Tensor
         Files are PNG, JPEG, GIF, WebP, BMP, TIFF and the like: turned upright as their EXIF data say, the
-        first frame of an animation, transparent parts on white, 16 bits scaled to 8. Arrays are [H, W] or
-        [H, W, C], tensors [H, W] or [C, H, W] with C = 1, 3 or 4 (the other order is accepted where only that
-        fits); uint8, uint16 (0 to 65,535) or floats, which must be from 0 to 1.
+        first frame of an animated file (of a PIL image, the frame that it is at), transparent parts on white, 16
+        bits scaled to 8. Arrays are [H, W] or [H, W, C], tensors [H, W] or [C, H, W] with C = 1, 3 or 4 (the other
+        order is accepted where only that fits); uint8, uint16 (0 to 65,535) or floats, which must be from 0 to 1.
 
     Returns
     -------
@@ -76,6 +86,7 @@ def read_picture(source) -> Picture:
                 return _decode(source if isinstance(source, Image.Image) else _array_image(source))
             Image.init()
             with Image.open(source, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as image:
+                image.seek(0)
                 return _decode(image)
     except ImageError as error:
         problem = str(error)
@@ -119,8 +130,8 @@ def _decode(image: Image.Image) -> Picture:
     notes = []
     with suppress(Exception):  # of damaged later frames; counting them all could take long
         if image.format != "MPO" and getattr(image, "is_animated", False):  # an MPO is one photograph with a preview
-            notes.append("the first of several frames")
-            image.seek(0)
+            frame = image.tell()
+            notes.append(f"frame {frame + 1} of several" if frame else "the first of several frames")
     if not width or not height:
         raise ImageError(f"{width} x {height} pixels is no picture; each side must have at least 1")
     if width * height > MAX_PIXELS:
@@ -128,20 +139,23 @@ def _decode(image: Image.Image) -> Picture:
     if image.format == "JPEG2000" and width * height > MAX_PIXELS_JPEG2000:
         limit = f"at most {MAX_PIXELS_JPEG2000:,} are allowed, save it as PNG"
         raise ImageError(f"too large for JPEG 2000: {width:,} x {height:,} pixels; {limit}")
+    turned = _turned(image)
     image.load()
-    with suppress(Exception):  # of damaged EXIF data; the picture itself has just been decoded
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-            notes.append("turned upright as its EXIF data say")
+    if turned or _turned(image):
+        notes.append("turned upright as its EXIF data say")
+        image = ImageOps.exif_transpose(image)  # nothing is left to do in a TIFF file, which Pillow turns itself
+    size = width, height = image.size
     if width * height > LARGE:  # whoever looks at 32 pixels does not miss half of 5,000, and memory is spared
         image = image.resize((max(1, image.width // 2), max(1, image.height // 2)), Image.Resampling.NEAREST)
         notes.append("every second pixel left out, as it is very large")
     if image.mode[0] in "IF":  # 16 bits and more, in one channel
         values = np.asarray(image)
-        if image.mode == "I" and not (values >> 16).any():
+        if image.mode == "I" and image.format is None and values.min() >= 0 and values.max() <= 255:
+            values = values.astype(np.uint8)  # made of 8 bits by somebody's program; no file has so few
+        elif image.mode == "I" and not (values >> 16).any():
             values = values.astype(np.uint16)
         image = _array_image(values)
-        notes.append("brightness scaled to 8 bits")
+        notes.append("brightness taken as 8 bits" if values.dtype == np.uint8 else "brightness scaled to 8 bits")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         layers = image.convert("RGBA")
         image = Image.new("RGBA", image.size, "white")
@@ -151,7 +165,15 @@ def _decode(image: Image.Image) -> Picture:
     if image.mode == "CMYK":
         notes.append("printing colours (CMYK) converted")
     pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    return Picture(torch.from_numpy(pixels).permute(2, 0, 1).clone(memory_format=torch.contiguous_format), tuple(notes))
+    image = torch.from_numpy(pixels).permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+    return Picture(image, tuple(notes), size)
+
+
+def _turned(image: Image.Image) -> bool:
+    """Whether EXIF data say that the picture is stored turned or mirrored."""
+    with suppress(Exception):  # of damaged EXIF data; the pixels may be good
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    return False
 
 
 def _array_image(source) -> Image.Image:
@@ -199,9 +221,8 @@ def middle(height: int, width: int) -> tuple[int, int, int]:
     return side, (height - side) // 2, (width - side) // 2
 
 
-def fit_note(image: Tensor, fit: str) -> str:
-    """In words, what `square` takes of a picture [3, H, W]; empty where it is square already."""
-    height, width = image.shape[1:]
+def fit_note(width: int, height: int, fit: str) -> str:
+    """In words, what `square` takes of a picture of this size in pixels; empty where it is square already."""
     if height == width:
         return ""
     if fit == "pad":
@@ -213,8 +234,8 @@ def fit_note(image: Tensor, fit: str) -> str:
 def squared(source, fit: str = "crop") -> Picture:
     """Read a picture and make it what the network sees, uint8 [3, 32, 32], with all that was done to it."""
     picture = read_picture(source)
-    note = fit_note(picture.image, fit)
-    return Picture(square(picture.image, fit), (*picture.notes, *([note] if note else [])))
+    note = fit_note(*picture.size, fit)
+    return Picture(square(picture.image, fit), (*picture.notes, *([note] if note else [])), picture.size)
 
 
 def square(image: Tensor, fit: str = "crop") -> Tensor:

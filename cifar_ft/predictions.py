@@ -63,7 +63,8 @@ class Prediction:
     probabilities : dict of str to float
         All classes in class order; with `top_k`, only the most probable ones, best first.
     unknown : bool or None
-        Whether the picture is unlike anything in CIFAR-10; None where the model was not calibrated.
+        Whether the picture is unlike anything in CIFAR-10; None where the model was not calibrated. By its threshold
+        a known share of CIFAR-10's own pictures is taken for unlike too (`Predictor.calibration["false_alarms"]`).
     notes : tuple of str
         What was done to the picture before, such as "the first of several frames" or "the middle 300 x 300 of 480 x 300
         pixels"; empty for a square picture that was read as it is.

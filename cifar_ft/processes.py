@@ -68,7 +68,7 @@ def gather_logits(
 ) -> Tensor:
     """Logits [N, 10] of every image once, on every process; each process scores its share."""
     rank, world = accelerator.process_index, accelerator.num_processes
-    share = split.take(torch.arange(len(split), device=split.labels.device)[rank::world]) if world > 1 else split
+    share = split.take(torch.arange(rank, len(split), world)) if world > 1 else split
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     options = {"device": accelerator.device, "precision": precision, "flip_tta": flip_tta}
     own = predict_logits(model, share, eval_transform(recipe), **options) if len(share) else torch.zeros(0, 10)

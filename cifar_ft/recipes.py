@@ -110,6 +110,8 @@ class Recipe:
             raise RecipeError("select=best needs validation=true: the test set is never used to choose")
         if self.nesterov and self.momentum == 0:
             raise RecipeError("nesterov=true needs a momentum above 0")
+        if self.freeze != "none" and self.stem != "pretrained":
+            raise RecipeError(f"stem={self.stem} is new and freeze={self.freeze} would never train it; use freeze=none")
         if self.backbone == "efficientnet_lite0" and (self.last_stage or not self.max_pool):
             raise RecipeError("last_stage and max_pool=false are for ResNets; efficientnet_lite0 has neither to change")
 
@@ -118,11 +120,12 @@ class Recipe:
         return self.train_sizes[epoch] if self.train_sizes else self.image_size
 
     def replace(self, **changes) -> Recipe:
-        """A checked copy with other values. A new number of epochs stretches or shortens `train_sizes` with it."""
+        """A checked copy with other values; for other epochs `train_sizes` is stretched or shortened, its end kept."""
         epochs = changes.get("epochs", self.epochs)
         low, high = RANGES["epochs"]  # a number out of range is refused below, not stretched to
         if self.train_sizes and "train_sizes" not in changes and epochs != self.epochs and low <= epochs <= high:
-            changes["train_sizes"] = tuple(self.train_sizes[i * self.epochs // epochs] for i in range(epochs))
+            backwards = [self.train_sizes[-1 - i * self.epochs // epochs] for i in range(epochs)]
+            changes["train_sizes"] = tuple(reversed(backwards))
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict:

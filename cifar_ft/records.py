@@ -42,13 +42,16 @@ DECISIVE = (
     "backbones",
     "convolutions",
     "data",
+    "evaluation",
     "freezing",
     "optimization",
     "probe",
+    "processes",
     "steps",
     "surgery",
     "training",
     "transforms",
+    "weights",
 )
 
 

@@ -183,7 +183,8 @@ def load_run(path: str | os.PathLike) -> Run:
 
 
 def _settings(run: Run) -> dict:
-    return {key: value for key, value in run.config["recipe"].items() if key not in ("seed", "name")}
+    # A run of an earlier version has fewer keys.
+    return {key: value for key, value in run.recipe.to_dict().items() if key not in ("seed", "name")}
 
 
 def compare_runs(runs: Sequence[Run | str | os.PathLike]) -> pd.DataFrame:

@@ -120,11 +120,12 @@ def try_recipe(recipe: Recipe, data: Cifar10, echo=print) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         run = fit(recipe, without_test(data), Path(folder) / "run", echo=echo)
-    last, best = run.history.iloc[-1], run.history.val_accuracy.idxmax()
+    best = run.history.val_accuracy.idxmax()
+    kept = run.history.loc[best] if recipe.select == "best" else run.history.iloc[-1]
     return {
-        "val_accuracy": last.val_accuracy,
-        "val_loss": last.val_loss,
-        "train_accuracy": last.train_accuracy,
+        "val_accuracy": kept.val_accuracy,
+        "val_loss": kept.val_loss,
+        "train_accuracy": kept.train_accuracy,
         "best_epoch": int(run.history.epoch[best]),
         "best_val_accuracy": run.history.val_accuracy[best],
         "minutes": run.metrics["train_seconds"] / 60,

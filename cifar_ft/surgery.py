@@ -161,6 +161,8 @@ def build_model(recipe: Recipe, echo=print) -> nn.Module:
         "missing": list(report.missing) if report else [],
     }
     echo(f"Model: {backbone}, weights {model.weights_info['weights']} ({model.weights_info['source']})")
+    if recipe.freeze != "none" and not weights:
+        echo(f"Note: the weights are random, and freeze={recipe.freeze} leaves a part of them so")
     if report and report.missing:
         layers = sorted({key.split(".")[0] for key in report.missing})
         echo(f"Note: the weights file has no {', '.join(layers)}; {len(report.missing)} tensors there stay random")

@@ -72,7 +72,7 @@ class Thumbnails(widgets.VBox):
     """
 
     def __init__(self, state: PredictionModel, choose: Callable[[int], None], browsed: Callable[[], None]):
-        self.state, self.browsed, self.draws = state, browsed, 0
+        self.state, self.choose, self.browsed, self.draws = state, choose, browsed, 0
         self.unique = f"cifar-ft-{uuid4().hex[:8]}"  # an earlier widget may be on the same page
         self.kind, self.order = ChoiceList(), ChoiceList()
         self.shuffle, self.earlier, self.later = button(), button(), button()
@@ -84,7 +84,7 @@ class Thumbnails(widgets.VBox):
         self.earlier.on_click(lambda _: self._turn(-1))
         self.later.on_click(lambda _: self._turn(1))
         for k, thumbnail in enumerate(self.buttons):
-            thumbnail.on_click(lambda _, k=k: choose(self.state.gallery.page()[k]))
+            thumbnail.on_click(lambda _, k=k: self._choose(k))
         shown = row(*self.buttons, gap="0")
         shown.add_class(self.unique)
         lists, pager = row(self.kind, self.order, self.shuffle), row(self.earlier, self.later, self.page)
@@ -105,6 +105,11 @@ class Thumbnails(widgets.VBox):
         self.kind.fill([(state.say("all_kinds"), NOTHING), *kinds], label)
         self.order.fill([(state.say(order), order) for order in ORDERS], gallery.order)
 
+    def _choose(self, k: int) -> None:
+        page = self.state.gallery.page()
+        if k < len(page):  # else the click was made on an earlier, longer page
+            self.choose(page[k])
+
     def _on_shuffle(self, _button) -> None:
         self.draws += 1
         self.order.fill(self.order.options, "random")
@@ -116,13 +121,20 @@ class Thumbnails(widgets.VBox):
         if self.order.value == "mistakes" and gallery.answers is None:
             self._say(state.say("searching", total=count(state.lang, len(state.samples))))
         label = None if self.kind.value == NOTHING else self.kind.value
+        self._wait(True)  # a click made now would choose what stands there later
         try:
             gallery.browse(label, self.order.value, self.draws)
         except Exception as error:
             self._fill()
             self.page.value = state.alert_html(error)
             return
+        finally:
+            self._wait(False)
         self.browsed()
+
+    def _wait(self, wait: bool) -> None:
+        for control in (self.kind, self.order, self.shuffle, *self.buttons):
+            control.disabled = wait
 
     def _turn(self, pages: int) -> None:
         self.state.gallery.turn(pages)
@@ -138,18 +150,21 @@ class Thumbnails(widgets.VBox):
             if k < len(page):
                 uri = data_uri(reduced(state.samples.images[page[k]].cpu()))
                 style += f'.{self.unique} .{self.unique}-{k} {{ background-image: url("{uri}") }}\n'
+                if self._chosen(page[k]):
+                    style += f".{self.unique} .{self.unique}-{k} {{ box-shadow: inset 0 0 0 3px #0173b2 }}\n"
                 self._name(thumbnail, page[k])
         self.pictures.value = f"<style>{style}</style>"
         self.earlier.disabled, self.later.disabled = not gallery.has(-1), not gallery.has(1)
         self._say(self._page_text(page))
 
     def _name(self, thumbnail: widgets.Button, position: int) -> None:
-        """Name a thumbnail, with a tick and another colour where it is chosen."""
+        """Name a thumbnail, with a tick where it is chosen."""
         state = self.state
-        chosen = state.chosen is not None and state.chosen.sample == position
         name = f"{position + 1} {LABELS[state.lang][state.samples.labels[position]]}"
-        thumbnail.description = f"\u2713 {name}" if chosen else name
-        thumbnail.button_style = "info" if chosen else ""
+        thumbnail.description = f"\u2713 {name}" if self._chosen(position) else name
+
+    def _chosen(self, position: int) -> bool:
+        return self.state.chosen is not None and self.state.chosen.sample == position
 
     def _page_text(self, page: list[int]) -> str:
         """Which pictures are on the page, of how many."""

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -192,6 +192,8 @@ def _fit(recipe: Recipe, data: Cifar10, directory: RunDirectory | None, resume: 
         training.restore(checkpoint)
         if not accelerator.is_main_process:
             training.sums.zero_()  # what all processes had summed up goes on in the first one
+        if accelerator.scaler is not None and checkpoint.get("scaler"):
+            accelerator.scaler.load_state_dict(checkpoint["scaler"])  # of fp16
         echo(f"Resuming behind epoch {training.epoch}, step {training.step}")
     else:
         warm_up(recipe, accelerator.unwrap_model(training.model), training.ema, splits["train"], echo)
@@ -207,7 +209,9 @@ def _train(training: Training, splits, recipe: Recipe, accelerator: Accelerator,
         share_statistics(accelerator, accelerator.unwrap_model(training.model), training.ema)
         sums = accelerator.reduce(training.sums.clone(), reduction="sum")
         if directory:
-            directory.save_checkpoint(training.epoch, training.step, {**training.state(), "sums": sums})
+            scaler = accelerator.scaler and accelerator.scaler.state_dict()
+            state = {**training.state(), "sums": sums, "scaler": scaler}
+            directory.save_checkpoint(training.epoch, training.step, state)
 
     def stop_if(asked: bool) -> None:
         if asked:
@@ -273,6 +277,8 @@ def warm_up(recipe: Recipe, model: nn.Module, ema: nn.Module | None, train: Spli
         surgery.refresh_batchnorm(model, (transform(images) for images in sample.images.split(256)))
     if recipe.head_fit_images:
         echo(f"Head fitted on frozen features: {fit_head(model, train, recipe):.1%} of the images it was fitted on")
+        for parameter in model.parameters():  # each process has fitted its own; rounding must not part them
+            broadcast(parameter.data)
     if ema is not None:
         ema.load_state_dict(model.state_dict())
 

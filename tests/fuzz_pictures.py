@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from PIL import Image, features
 
-SAVED = {"PNG": {}, "JPEG": {}, "GIF": {}, "BMP": {}, "TIFF": {"compression": "tiff_lzw"}, "PPM": {}, "ICO": {}}
+SAVED = {"PNG": {}, "JPEG": {}, "GIF": {}, "BMP": {}, "TIFF": {"compression": "tiff_lzw"}, "PPM": {}}
 OPTIONAL = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}
 MODES = {"JPEG": ("RGB", "L", "CMYK"), "PPM": ("RGB", "L"), "BMP": ("RGB", "L", "P"), "JPEG2000": ("RGB", "L", "RGBA")}
 MAGIC = (
@@ -36,7 +36,7 @@ def whole_files(rng: random.Random) -> Iterator[bytes]:
     while True:
         kind = rng.choice(list(kinds))
         mode = rng.choice(MODES.get(kind, ("RGB", "L", "P", "RGBA", "LA", "1")))
-        mode = "RGBA" if kind in ("WEBP", "AVIF", "ICO") else mode
+        mode = "RGBA" if kind in ("WEBP", "AVIF") else mode
         size = rng.choice([(32, 32), (1, 1), (1, 200), (300, 7), (64, 48), (257, 255)])
         picture = Image.frombytes("RGBA", size, rng.randbytes(4 * size[0] * size[1])).convert("RGB").convert(mode)
         options = dict(kinds[kind])

@@ -85,7 +85,14 @@ def test_the_environment_keeps_the_users_jupyter_out(tmp_path, monkeypatch):
     environment = app.environment(tmp_path)
     assert "JUPYTER_CONFIG_PATH" not in environment
     assert "PYTHONSTARTUP" not in environment
-    for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_PATH", "IPYTHONDIR"):
+    for name in (
+        "JUPYTER_CONFIG_DIR",
+        "JUPYTER_DATA_DIR",
+        "JUPYTER_RUNTIME_DIR",
+        "JUPYTER_PATH",
+        "IPYTHONDIR",
+        "MPLCONFIGDIR",
+    ):
         assert Path(environment[name]).parent == tmp_path
 
 

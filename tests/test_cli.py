@@ -1,6 +1,7 @@
 """The command line as a user meets it: real processes, their exit status, and what they say."""
 
 import csv
+import os
 import subprocess
 import sys
 
@@ -64,6 +65,21 @@ def test_predict_answers_every_input_and_exits_1_when_one_cannot_be_read(tmp_pat
     assert bad.returncode == 1
     rows = list(csv.DictReader(bad.stdout.splitlines()))  # nothing but rows on standard output
     assert [bool(row["error"]) for row in rows] == [False, False, False, True]
+
+
+def test_no_file_name_ends_the_rows_on_standard_output(tmp_path):
+    for name in ("猫.png", "b.png"):
+        Image.fromarray(load_samples().images[0].permute(1, 2, 0).numpy()).save(tmp_path / name)
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "cifar_ft", "predict", str(tmp_path), "--fit", "pad"]
+    done = subprocess.run(command, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert [line.split(",")[0][-6:] for line in done.stdout.decode().splitlines()[1:]] == ["/b.png", "/猫.png"]
+
+
+def test_an_address_is_told_from_a_path():
+    done = run("predict", "https://example.org/cat.jpg")
+    assert "is an address; download the picture" in done.stdout
 
 
 @pytest.mark.data

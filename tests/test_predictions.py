@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -18,13 +19,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from PIL import Image
+from PIL import Image, ImageSequence
 from safetensors.torch import load_file, save_file
 
 from cifar_ft import CifarFtError, predictions, shipping
 from cifar_ft.data import CLASSES, load_samples
 from cifar_ft.folders import count_files, predict_paths, write_csv
 from cifar_ft.metrics import energy, fit_calibration
+from cifar_ft.pictures import FORMATS, SUFFIXES, read_picture, squared
 from cifar_ft.predictions import (
     ImageError,
     PredictionError,
@@ -176,6 +178,53 @@ def test_of_an_animation_the_first_frame_is_read(kind):
     red, _, blue = read_image(content).float().mean((1, 2)).tolist()
     assert blue > 240
     assert red < 15
+
+
+def test_of_an_open_animation_the_frame_it_is_at_is_read_and_it_stays_there():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("blue", "red", "lime")]
+    with Image.open(io.BytesIO(file_of(frames[0], "GIF", save_all=True, append_images=frames[1:]))) as animation:
+        seen = [read_image(frame)[:, 4, 4].tolist() for frame in ImageSequence.Iterator(animation)]
+        assert [max(range(3), key=pixel.__getitem__) for pixel in seen] == [2, 0, 1]
+        animation.seek(1)
+        assert read_picture(animation).notes == ("frame 2 of several",)
+        assert animation.tell() == 1
+
+
+@pytest.mark.parametrize(("orientation", "turned"), [(0, False), (1, False), (6, True), (8, True), (9, False)])
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF", "PNG", "WEBP"])
+def test_a_picture_is_said_to_be_turned_if_and_only_if_it_is(kind, orientation, turned):
+    image, exif = Image.new("RGB", (20, 10), "red"), Image.Exif()
+    exif[0x0112] = orientation
+    picture = read_picture(file_of(image, kind, exif=exif))
+    assert picture.image.shape == ((3, 20, 10) if turned else (3, 10, 20))
+    assert picture.size == ((10, 20) if turned else (20, 10))
+    assert ("turned upright as its EXIF data say" in picture.notes) is turned
+
+
+def test_whole_numbers_up_to_255_in_a_picture_of_32_bits_are_brightness_as_they_are():
+    grey = Image.new("L", (8, 8), 200).convert("I")
+    assert read_image(grey).unique().tolist() == [200]
+    assert read_picture(grey).notes == ("brightness taken as 8 bits",)
+    assert read_image(Image.new("I", (8, 8), 200 * 257)).unique().tolist() == [200]
+    assert read_image(file_of(Image.new("I;16", (8, 8), 200), "PNG")).unique().tolist() == [1]  # a file says so itself
+
+
+def test_of_a_very_large_picture_the_size_as_given_is_told():
+    picture = squared(Image.new("RGB", (5000, 3000), "red"))
+    assert picture.size == (5000, 3000)
+    assert picture.notes[-1] == "the middle 3000 x 3000 of 5000 x 3000 pixels"
+
+
+def test_an_icon_file_is_refused_before_what_is_inside_is_decoded():
+    with pytest.raises(ImageError, match="not a picture that can be read here"):
+        read_image(file_of(Image.new("RGBA", (16, 16)), "ICO"))
+
+
+def test_every_ending_looked_for_belongs_to_a_kind_that_is_read():
+    Image.init()
+    kinds = Image.registered_extensions()
+    assert {kinds[suffix] for suffix in SUFFIXES if suffix in kinds} <= set(FORMATS)
+    assert set(SUFFIXES) >= {suffix for suffix, kind in kinds.items() if kind in ("JPEG", "PNG", "TIFF", "WEBP")}
 
 
 def png_header(width, height):
@@ -605,6 +654,27 @@ def test_a_folder_gives_one_row_a_picture_sorted_and_goes_on_after_a_bad_one(fol
             (answer,) = predictor.predict(row["path"])
             assert row["label"] == answer.label
             assert row["probability"] == pytest.approx(answer.probability, abs=1e-5)
+
+
+def test_linked_folders_are_read_and_a_link_back_ends(folder, predictor, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(folder / "b.png", tmp_path / "elsewhere" / "photo.jfif")
+    try:
+        (folder / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+        (folder / "more" / "back").symlink_to(folder, target_is_directory=True)
+    except OSError:
+        pytest.skip("links cannot be made here")
+    rows = list(predict_paths(folder, predictor))
+    assert [os.path.basename(row["path"]) for row in rows if "linked" in row["path"]] == ["photo.jfif"]
+    assert len(rows) == 5
+
+
+def test_a_name_that_a_spreadsheet_would_run_is_made_a_path(predictor, tmp_path, monkeypatch, samples):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(samples.images[0].permute(1, 2, 0).numpy()).save("=1+1.png")
+    stream = io.StringIO()
+    assert write_csv(predict_paths(["=1+1.png"], predictor), stream) == (1, 0)
+    assert stream.getvalue().splitlines()[1].startswith("./=1+1.png,")
 
 
 def test_every_input_has_its_row_in_its_place_whatever_it_is(folder, predictor, tmp_path):

@@ -199,7 +199,7 @@ def test_train_sizes_stretch_with_the_epochs(epochs):
     recipe = RECIPES["cpu"]
     stretched = recipe.replace(epochs=epochs)
     assert len(stretched.train_sizes) == epochs
-    assert stretched.train_sizes[0] == recipe.train_sizes[0]
+    assert stretched.train_sizes[-1] == recipe.train_sizes[-1] == recipe.image_size  # trained as it will be tested
     assert list(stretched.train_sizes) == sorted(stretched.train_sizes)
     for size in set(recipe.train_sizes):  # each size keeps its share of the epochs to within one
         share = recipe.train_sizes.count(size) / len(recipe.train_sizes)
@@ -210,6 +210,17 @@ def test_train_sizes_stretch_with_the_epochs(epochs):
 def test_train_sizes_given_with_the_epochs_are_kept():
     assert get_recipe("cpu", "epochs=2 train_sizes=32,48").train_sizes == (32, 48)
     assert get_recipe("cpu", "train_sizes=none").size_at(0) == RECIPES["cpu"].image_size
+
+
+def test_fewer_epochs_end_at_the_size_that_is_tested():
+    assert get_recipe("quick", "epochs=1").train_sizes == (112,)
+    assert get_recipe("speedrun", "epochs=2").train_sizes[-1] == RECIPES["speedrun"].image_size
+
+
+@pytest.mark.parametrize("stem", ["cifar_random", "cifar_resampled"])
+def test_a_new_stem_that_would_stay_frozen_is_refused(stem):
+    with pytest.raises(RecipeError, match=f"stem={stem} is new and freeze=early would never train it; use freeze=none"):
+        get_recipe("quick", {"stem": stem})
 
 
 @pytest.mark.timeout(20)
@@ -240,6 +251,8 @@ def recipes(draw):
     values = {key: draw(a_value(key)) for key in KEYS}
     values["validation"] |= values["select"] == "best"
     values["nesterov"] &= values["momentum"] > 0
+    if values["stem"] != "pretrained":
+        values["freeze"] = "none"
     if values["backbone"] == "efficientnet_lite0":
         values |= {"last_stage": None, "max_pool": True}
     if values["epochs"] <= 5 and draw(st.booleans()):

@@ -358,6 +358,14 @@ def test_comparison_averages_seeds_and_names_changed_settings(tmp_path):
     assert results.compare_runs([]).empty
 
 
+def test_a_run_from_before_a_setting_existed_is_one_of_its_default(tmp_path):
+    paths = [write_run(tmp_path / name, seed=seed) for seed, name in enumerate(("earlier", "later"))]
+    config = json.loads((paths[0] / "config.json").read_text())
+    del config["recipe"]["cutout"]
+    (paths[0] / "config.json").write_text(json.dumps(config))
+    assert results.compare_runs(paths)["seeds"].tolist() == [2]
+
+
 def test_shipped_tables_hold_the_published_figures():
     log, issues = results.published_log(), results.test_issues()
     assert len(log) == 60

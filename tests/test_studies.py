@@ -54,6 +54,11 @@ def test_a_try_is_scored_on_validation_and_logged(small_data, tmp_path):
     assert studies.Log(file).rows() == rows
 
 
+def test_a_try_that_keeps_its_best_epoch_is_logged_with_that_one(small_data):
+    found = studies.try_recipe(recipe(select="best", epochs=4, lr=0.5, ema_decay=0.0), small_data, echo=quiet)
+    assert found["val_accuracy"] == found["best_val_accuracy"]
+
+
 def test_ablations_go_on_where_they_were_stopped(small_data, tmp_path, monkeypatch):
     asked = []
 

@@ -317,6 +317,16 @@ def test_resume_of_a_finished_run_only_loads_it(whole, small_data, monkeypatch):
     assert "finished; nothing to resume" in lines[-1]
 
 
+def test_a_finished_run_from_before_a_setting_existed_is_loaded_too(whole, small_data, tmp_path):
+    path = shutil.copytree(whole, tmp_path / "run")
+    config = json.loads((path / "config.json").read_text())
+    del config["recipe"]["cutout"]
+    (path / "config.json").write_text(json.dumps(config))
+    assert fit(recipe(), small_data, path, resume=True, echo=quiet).accuracy == load_run(whole).accuracy
+    with pytest.raises(TrainingError, match=r"recipe.cutout: 0 then, 8 now"):
+        fit(recipe(cutout=8), small_data, path, resume=True, echo=quiet)
+
+
 def test_a_run_without_a_folder_gets_a_new_one_of_its_own(small_data, tmp_path, monkeypatch):
     monkeypatch.setenv("CIFAR_FT_RUNS", str(tmp_path))
     one = fit(recipe(epochs=1), small_data, echo=quiet).path

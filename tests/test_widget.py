@@ -421,6 +421,22 @@ def test_too_many_files_are_refused_and_the_next_choice_works(widget):
     assert widget.upload is not first
 
 
+def test_a_very_large_upload_is_shown_with_its_size_as_given(widget):
+    send_file(widget, "photo.png", png("red", (4032, 3024)))
+    assert "as given, 4032 x 3024 pixels" in widget.picture.value
+
+
+def test_numbers_in_french_errors_are_written_as_french_does():
+    message = "too large: 8,000 x 9,000 pixels; at most 50,000,000 are allowed"
+    said, lang = phrases.translated("fr", message)
+    assert (said, lang) == (
+        "trop grande\xa0: 8\u202f000 x 9\u202f000 pixels\xa0; au plus 50\u202f000\u202f000 sont permis",
+        "fr",
+    )
+    assert phrases.translated("fr", "12.5 MiB; at most 10 MiB are allowed, make it smaller")[0].startswith("12,5 Mio")
+    assert "1,000.5" in phrases.translated("fr", "unexpected error, X: 1,000.5")[0]  # somebody else's words
+
+
 def test_large_uploads_are_not_kept(predictor, samples):
     model = PredictionModel(predictor, samples)
     model.choose_upload("large.png", png(size=(3000, 1000)))
@@ -459,6 +475,16 @@ def test_a_picture_unlike_cifar10_is_said_to_be(samples, unknown, said):
     assert ("Unlike anything in CIFAR-10." in text) is said
     assert ("do not trust" in text) is said
     assert "predicted truck" in text
+
+
+def test_the_warning_says_how_often_it_is_false(samples):
+    told = Told(unknown=True)
+    told.calibration = {"temperature": 1.0, "lowest_energy": 0.0, "false_alarms": 0.02}
+    widget = PredictionWidget(told, samples)
+    click(widget)
+    assert "About 2 % of CIFAR-10's own pictures get this warning too." in Page(widget.result.value).text
+    pick(widget.language, "français")
+    assert "Environ 2 % des images" in Page(widget.result.value).text
 
 
 def test_two_models_are_compared(samples):
@@ -678,6 +704,20 @@ def test_the_most_confident_mistakes_come_first(samples):
     assert "no mistakes here" in widget.thumbnails.page.value
     pick(widget.thumbnails.kind, "cat")
     assert len(widget.sample.options) == 21
+
+
+def test_while_mistakes_are_looked_for_nothing_can_be_chosen(widget, predictor):
+    thumbs, during = widget.thumbnails, []
+    controls = (thumbs.kind, thumbs.order, thumbs.shuffle, *thumbs.buttons)
+    predictor.during = lambda: during.extend(control.disabled for control in controls)
+    pick(thumbs.order, "most confident mistakes first")
+    assert during
+    assert all(during)
+    assert not any(control.disabled for control in controls)
+    pick(thumbs.kind, "truck")  # no mistake among the trucks, as Told says truck to everything
+    chosen = widget.state.chosen
+    thumbs.buttons[5].click()  # was on its way when the page became shorter
+    assert widget.state.chosen is chosen
 
 
 def test_mistakes_that_cannot_be_found_are_an_alert_and_change_nothing(widget, predictor):
