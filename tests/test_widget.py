@@ -580,7 +580,7 @@ def test_every_text_is_there_in_french(widget, predictor):
     assert "\u2713 1 bateau" in thumbnails(widget)
     assert "sample" not in texts
     send_file(widget, "notes.png", b"not a picture")
-    assert "Erreur\xa0: notes.png: pas une image lisible ici\xa0; utilisez" in widget.result.value.replace(
+    assert "Erreur\xa0: notes.png\xa0: ce n&#x27;est pas une image lisible ici\xa0; utilisez" in widget.result.value.replace(
         "</strong>", ""
     )
     assert "Aperçu" in bundle_of(widget)["text/html"]
