@@ -495,7 +495,8 @@ def test_a_summary_changes_nothing():
 
 
 def test_a_comparison_shows_both_models_and_right_totals():
-    before, after = create_backbone("resnet18"), build(stem="cifar_random", last_stage=2, freeze="stem")
+    before, after = create_backbone("resnet18"), build(stem="cifar_random", last_stage=2)
+    surgery.freeze(after, "stem")
     table = surgery.compare(before, after, 32, size_before=64)
     assert list(table.index) == ["stem", "stage1", "stage2", "stage3", "stage4", "head", "total"]
     for side, model, size in (("before", before, 64), ("after", after, 32)):
