@@ -43,8 +43,8 @@ ABLATIONS: dict[str, dict[str, str]] = {
         "head fitted first, then everything": "head_fit_images=5000",
     },
     "Which input size?": {
-        "32 px": "image_size=32",
         "64 px": "",
+        "32 px": "image_size=32",
         "96 px": "image_size=96",
         "128 px": "image_size=128",
     },
