@@ -20,8 +20,8 @@ PUBLISHED = {  # what the public code of the published recipe does, field by fie
     "train_sizes": [], "normalization": "cifar10_published", "crop_padding": 4,
     "cutout": 0, "flip": True, "train_images": None, "val_images": None, "test_images": None, "validation": False,
     "epochs": 60, "batch_size": 32, "head_fit_images": 0, "lr": 0.01, "head_lr_factor": 1.0, "momentum": 0.9,
-    "nesterov": False, "weight_decay": 5e-4, "schedule": "constant", "label_smoothing": 0.0, "ema_decay": 0.0, "select": "last",
-    "track_test": True, "flip_tta": False, "precision": "fp32", "checkpoint_steps": 0, "seed": 0,
+    "nesterov": False, "weight_decay": 5e-4, "schedule": "constant", "label_smoothing": 0.0, "ema_decay": 0.0,
+    "select": "last", "track_test": True, "flip_tta": False, "precision": "fp32", "checkpoint_steps": 0, "seed": 0,
     "accumulation": 1, "compile": False, "freeze_batchnorm": False, "optimizer": "sgd",
 }  # fmt: skip
 
