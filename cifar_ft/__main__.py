@@ -107,7 +107,9 @@ def predict(
 
     from cifar_ft.folders import count_files, predict_paths, write_csv
     from cifar_ft.predictions import Predictor
+    from cifar_ft.speed import keep_memory
 
+    keep_memory()
     predictor = Predictor.from_run(run) if run else Predictor.newest_or_shipped(echo=lambda _: None)
     typer.echo(f"Model: {predictor.source}", err=True)
     rows_seen = csv is None and sys.stdout.isatty()  # progress enough
@@ -238,7 +240,9 @@ def shipped(out: Annotated[Path, typer.Option(help="JSON file.")] = Path("result
     """Score the shipped model on the test set, clean and corrupted, and compare with its recorded accuracy."""
     from cifar_ft.data import load_cifar10
     from cifar_ft.recording import appraise_shipped
+    from cifar_ft.speed import keep_memory
 
+    keep_memory()
     appraise_shipped(out, load_cifar10(echo=typer.echo).test, typer.echo)
 
 

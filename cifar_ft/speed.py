@@ -12,8 +12,11 @@ import torch
 
 
 def keep_memory() -> None:
-    """Ask glibc to keep freed memory. Training frees and asks for the same large blocks at each step, and each block
-    that goes back to the kernel is cleared page by page when it is used again."""
+    """Ask glibc to keep freed memory, in this process, from now on.
+
+    Training and prediction free the same large blocks at each step and ask for them again; a block that went back to the
+    kernel is cleared page by page when it is used again.
+    """
     if not sys.platform.startswith("linux"):
         return
     try:
