@@ -218,20 +218,26 @@ def ablations(
 
 @studies.command()
 def redrawn(
-    weights: Annotated[Path, typer.Option(exists=True, help="ImageNet weights of ResNet-50, whole or up to layer3.")],
-    epochs: Annotated[int, typer.Option(help="The same for all of them.")] = 12,
+    weights: Annotated[
+        str, typer.Option(help='"imagenet" (torchvision\'s), or a file of them for ResNet-50, whole or up to layer3.')
+    ] = "imagenet",
+    epochs: Annotated[int, typer.Option(help="The same for all of them.")] = 3,
     names: Annotated[list[str], typer.Option("--name", help="Some of them; default: all. Repeatable.")] = (),
     overrides: Overrides = (),
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results/redrawn"),
 ) -> None:
-    """Train the published recipe and its variants on ResNet-50 cut behind stage 3 (last_stage=none: whole)."""
+    """Train the published recipe and its variants on ResNet-50 cut behind stage 3 (--set last_stage=none: whole)."""
     from cifar_ft.data import load_cifar10
     from cifar_ft.studies import REDRAWN, redraw
 
-    data = load_cifar10(echo=typer.echo)
-    for name in names or REDRAWN:
+    for name in names:
         if name not in REDRAWN:
             raise typer.BadParameter(f"unknown name {name!r}; choose from {', '.join(REDRAWN)}")
+    if weights != "imagenet" and not Path(weights).is_file():
+        raise typer.BadParameter(f"there is no file {weights!r}; give a file of weights, or imagenet")
+    get_recipe("reference_b32", list(overrides))  # a mistake is told before the data is loaded
+    data = load_cifar10(echo=typer.echo)
+    for name in names or REDRAWN:
         redraw(name, data, weights, out / name, epochs, settings=" ".join(overrides), echo=typer.echo)
 
 

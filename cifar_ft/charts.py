@@ -183,22 +183,24 @@ def coverage_chart(frame: pd.DataFrame) -> Figure:
 
 
 def redrawn_chart(runs: Mapping[str, pd.DataFrame], published: pd.DataFrame) -> Figure:
-    """Test accuracy by epoch of runs that were scored on the test set each epoch, beside the published log.
+    """Test accuracy and test loss by epoch of runs that were scored each epoch, beside the published log.
 
     Parameters
     ----------
-    runs : label -> history with the columns epoch and test_accuracy.
+    runs : label -> history with the columns epoch, test_accuracy (fraction) and test_loss (nats).
     published : `results.published_log`, drawn in grey as far as the longest run goes.
     """
-    fig, ax = new_figure((9.5, 4.8))
+    fig, axes = new_figure((10.0, 4.6), 1, 2)
     longest = max(frame.epoch.max() for frame in runs.values())
     start = published[published.epoch <= longest]
-    ax.plot(start.epoch, 100 * start.test_accuracy, color=GREY, linestyle=":", label="published log (whole ResNet-50)")
-    for place, (label, frame) in enumerate(runs.items()):
-        color, marker = PALETTE[place % len(PALETTE)], MARKERS[place % len(MARKERS)]
-        every = -(-len(frame) // 12)
-        ax.plot(frame.epoch, 100 * frame.test_accuracy, color=color, marker=marker, markevery=every, label=label)
-    ax.set(xlabel="epoch", ylabel="test accuracy (%)")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    fig.legend(loc="outside lower center", frameon=False, ncols=2)
+    for ax, column, factor in zip(axes, ("test_accuracy", "test_loss"), (100, 1), strict=True):
+        label = "published log (whole ResNet-50)"
+        ax.plot(start.epoch, factor * start[column], color=GREY, linestyle=":", marker="x", label=label)
+        for place, (label, frame) in enumerate(runs.items()):
+            style = {"color": PALETTE[place % len(PALETTE)], "marker": MARKERS[place % len(MARKERS)]}
+            ax.plot(frame.epoch, factor * frame[column], markevery=-(-len(frame) // 12), label=label, **style)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].set(xlabel="epoch", ylabel="test accuracy (%)")
+    axes[1].set(xlabel="epoch", ylabel="test loss (nats)", ylim=(0, None))
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=2)
     return fig

@@ -28,12 +28,7 @@ def facts(root: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.glob("*/metrics.json")):
         found |= _run_facts(path.parent.name, results.load_run(path.parent), path.with_name("course.json"))
-    for path in sorted(folder.glob("redrawn/*/metrics.json")):
-        metrics = _json(path)
-        name = f"redrawn.{path.parent.name}"
-        found[f"{name}.accuracy"] = _percent(metrics["test_accuracy"])
-        found[f"{name}.minutes"] = f"{metrics['train_seconds'] / 60:.0f}"
-        found["redrawn.epochs"] = str(metrics["epochs"])
+    found |= _redrawn_facts(folder / "redrawn")
     if (folder / "benchmarks.json").exists():
         found |= _speed_facts(_json(folder / "benchmarks.json"))
     if (folder / "shipped.json").exists():
@@ -145,6 +140,26 @@ def _ablation_facts(rows: pd.DataFrame) -> dict[str, str]:
         name = "ablations." + re.sub(r"[^a-z0-9]+", "_", f"{row['question']} {row['variant']}".lower()).strip("_")
         found[name] = _percent(row["mean"])
         found[f"{name}.difference"] = f"{100 * row['difference']:+.1f}"
+    return found
+
+
+def _redrawn_facts(folder: Path) -> dict[str, str]:
+    from cifar_ft.studies import recorded_redrawn, redrawn_table
+
+    if not (redrawn := recorded_redrawn(folder)):
+        return {}
+    rows, found = redrawn_table(redrawn).to_dict("records"), {}
+    for name, row in zip([*redrawn, "published"], rows, strict=True):
+        interval = f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+        found[f"redrawn.{name}.first"] = _percent(row["first_epoch"])
+        found[f"redrawn.{name}.percent"] = _percent(row["test_accuracy"])
+        found[f"redrawn.{name}.accuracy"] = f"{_percent(row['test_accuracy'])} {interval}"
+        found[f"redrawn.{name}.train"] = _percent(row["train_accuracy"])
+        found[f"redrawn.{name}.difference"] = f"{100 * (row['test_accuracy'] - rows[0]['test_accuracy']):+.1f}"
+        if name in redrawn:
+            found[f"redrawn.{name}.minutes"] = f"{row['minutes']:.0f}"
+    found["redrawn.epochs"] = str(rows[0]["epochs"])
+    found["redrawn.minutes"] = f"{sum(row['minutes'] for row in rows[:-1]):.0f}"
     return found
 
 

@@ -151,7 +151,7 @@ def _charts(root: Path) -> list[Path]:
         figures["ablations"] = charts.ablation_chart(studies.recorded_ablations())
     if redrawn := studies.recorded_redrawn():
         figures["redrawn"] = charts.redrawn_chart(
-            {name: history for name, (history, _) in redrawn.items()}, results.published_log()
+            {studies.REDRAWN[name][2]: history for name, (history, _) in redrawn.items()}, results.published_log()
         )
     return [plots.save_figure(figure, root / "images" / f"{name}.png") for name, figure in figures.items()]
 

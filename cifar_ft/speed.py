@@ -14,8 +14,8 @@ import torch
 def keep_memory() -> None:
     """Ask glibc to keep freed memory, in this process, from now on.
 
-    Training and prediction free the same large blocks at each step and ask for them again; a block that went back to the
-    kernel is cleared page by page when it is used again.
+    Training and prediction free the same large blocks at each step and ask for them again; a block that went back to
+    the kernel is cleared page by page when it is used again.
     """
     if not sys.platform.startswith("linux"):
         return

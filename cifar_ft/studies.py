@@ -25,7 +25,7 @@ from cifar_ft.checkpoints import write_atomic
 from cifar_ft.data import CLASSES, Cifar10
 from cifar_ft.recipes import Recipe, get_recipe, parse_overrides
 from cifar_ft.records import keep_figures
-from cifar_ft.results import RECORDED, Run, runs_root
+from cifar_ft.results import RECORDED, Run, published_log, runs_root, wilson_interval
 from cifar_ft.speed import hardware
 
 # What every ablation starts from: small enough for three seeds of everything on a laptop.
@@ -74,15 +74,16 @@ ABLATIONS: dict[str, dict[str, str]] = {
     },
 }
 # The published recipe on ResNet-50 cut behind its third stage (C4), in which all but stem and head can be pretrained
-# from a file that lacks layer4. Name: the recipe, and what is changed in it.
-REDRAWN: dict[str, tuple[str, str]] = {
-    "reference_b32": ("reference_b32", ""),
-    "reference_b64": ("reference_b64", ""),
-    "reference_b32_cosine": ("reference_b32_cosine", ""),
-    "reference_b32_random": ("reference_b32", "weights=none"),
+# from a file that lacks layer4. Name: the recipe, what is changed in it, and what that is in words.
+REDRAWN: dict[str, tuple[str, str, str]] = {
+    "reference_b32": ("reference_b32", "", "batch 32, constant lr, as published"),
+    "reference_b64": ("reference_b64", "", "batch 64"),
+    "reference_b32_cosine": ("reference_b32_cosine", "", "lr decays to zero (cosine)"),
+    "reference_b32_random": ("reference_b32", "weights=none", "random weights everywhere"),
     "untouched_one_cycle": (
         "reference_b32",
         "stem=pretrained image_size=64 normalization=imagenet schedule=one_cycle head_lr_factor=10",
+        "pretrained stem, 64 px, one cycle, head at 10 times",
     ),
 }
 CRITICAL_T = 2.7  # two-sided 99 % of Student's t with some 40 degrees of freedom; there are many comparisons
@@ -166,27 +167,28 @@ def log_try(name: str, changes: Iterable[str], data: Cifar10, path: str | Path, 
 def redraw(
     name: str, data: Cifar10, weights: str | Path, out: str | Path, epochs: int, *, settings="", echo=print
 ) -> Run:
-    """Train one of `REDRAWN` from a file of weights, and keep its curves and figures in `out`, without weights.
+    """Train one of `REDRAWN`, and keep its curves and figures in `out`, without weights.
 
     The run itself stays in `results.runs_root()` and is gone on with when it was interrupted.
 
     Parameters
     ----------
-    weights : path
-        ImageNet weights of ResNet-50, whole or up to layer3.
+    weights : "imagenet", or path
+        ImageNet weights of ResNet-50: those of torchvision, or a file of them, whole or up to layer3.
     out : path
         Folder for config.json, history.csv and metrics.json.
     epochs : int
         The same for all that are to be compared; `reference_b32_cosine` decays to zero within them.
     settings : str
-        Further changes, such as "last_stage=none" for whole weights.
+        Further changes, such as "last_stage=none" for the whole network.
     """
     from cifar_ft.training import fit
 
-    base, changes = REDRAWN[name]
+    base, changes, _ = REDRAWN[name]
     common = {"last_stage": 3, "epochs": epochs, "weights": str(weights), "precision": "auto"}
     recipe = get_recipe(base, common | parse_overrides(changes) | parse_overrides(settings))
-    folder = runs_root() / f"redrawn-{name}-{epochs}-epochs"
+    network = "whole" if recipe.last_stage is None else f"cut-behind-stage-{recipe.last_stage}"
+    folder = runs_root() / f"redrawn-{name}-{network}-{epochs}-epochs"
     run = fit(recipe, data, folder, resume=(folder / "config.json").exists(), echo=echo)
     keep_figures(run, out, ("config.json", "history.csv", "metrics.json"))
     return run
@@ -264,13 +266,36 @@ def recorded_ablations() -> pd.DataFrame:
     return summarize(pd.read_csv(RECORDED / "ablations.csv"))
 
 
-def recorded_redrawn() -> dict[str, tuple[pd.DataFrame, dict]]:
-    """History and metrics of each redrawn run that comes with the package, by its name in `REDRAWN`."""
+def recorded_redrawn(folder: str | Path = RECORDED / "redrawn") -> dict[str, tuple[pd.DataFrame, dict]]:
+    """History and metrics of each redrawn run in `folder`, by default as it comes with the package, by its name."""
     return {
-        name: (pd.read_csv(folder / "history.csv"), json.loads((folder / "metrics.json").read_text("utf-8")))
+        name: (pd.read_csv(run / "history.csv"), json.loads((run / "metrics.json").read_text("utf-8")))
         for name in REDRAWN
-        if (folder := RECORDED / "redrawn" / name).is_dir()
+        if (run := Path(folder) / name).is_dir()
     }
+
+
+def redrawn_table(redrawn: Mapping[str, tuple[pd.DataFrame, dict]]) -> pd.DataFrame:
+    """One row for each redrawn run, and a last one for the published log after as many epochs.
+
+    Returns
+    -------
+    DataFrame
+        run (in words), epochs, first_epoch and test_accuracy (of the first and the last epoch), low and high (95 %),
+        train_accuracy, minutes (None for the published log). Accuracies are fractions.
+    """
+    rows = []
+    for name, (history, metrics) in redrawn.items():
+        row = {"run": REDRAWN[name][2], "epochs": metrics["epochs"], "first_epoch": history.test_accuracy.iloc[0]}
+        row |= {"test_accuracy": metrics["test_accuracy"], "train_accuracy": history.train_accuracy.iloc[-1]}
+        low, high = metrics["test_accuracy_ci95"]
+        rows.append(row | {"low": low, "high": high, "minutes": metrics["train_seconds"] / 60})
+    epochs, log = max(row["epochs"] for row in rows), published_log()
+    first, last = log.iloc[0], log[log.epoch <= epochs].iloc[-1]
+    low, high = wilson_interval(round(10_000 * last.test_accuracy), 10_000)
+    row = {"run": "published log, whole ResNet-50", "epochs": int(last.epoch), "first_epoch": first.test_accuracy}
+    row |= {"test_accuracy": last.test_accuracy, "train_accuracy": last.train_accuracy, "low": low, "high": high}
+    return pd.DataFrame([*rows, row | {"minutes": None}])
 
 
 def recorded_appraisal() -> dict:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pandas as pd
 import pytest
 from safetensors.torch import save_file
 from tiny_runs import quiet, recipe
 
-from cifar_ft import charts, studies, training
+from cifar_ft import charts, results, studies, training
 from cifar_ft.recipes import get_recipe, parse_overrides
 from cifar_ft.surgery import build_model
 
@@ -127,7 +128,7 @@ def test_processes_may_share_a_log(tmp_path):
 
 def test_the_published_recipe_is_redrawn_without_weights_or_paths(small_data, tmp_path, monkeypatch):
     monkeypatch.setenv("CIFAR_FT_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(studies, "REDRAWN", {"one": ("reference_b32_cosine", "image_size=16")})
+    monkeypatch.setattr(studies, "REDRAWN", {"one": ("reference_b32_cosine", "image_size=16", "small")})
     source = tmp_path / "private" / "weights.safetensors"
     source.parent.mkdir()
     model = build_model(get_recipe("reference_b32", "weights=none"), quiet)
@@ -146,10 +147,61 @@ def test_the_published_recipe_is_redrawn_without_weights_or_paths(small_data, tm
 
 
 def test_what_is_redrawn_differs_in_what_it_says():
-    recipes = {name: get_recipe(base, changes) for name, (base, changes) in studies.REDRAWN.items()}
+    recipes = {name: get_recipe(base, changes) for name, (base, changes, _) in studies.REDRAWN.items()}
     base = recipes["reference_b32"]
     assert recipes["reference_b32_random"] == base.replace(weights="none")
     assert recipes["reference_b64"].batch_size == 2 * base.batch_size
     assert recipes["reference_b32_cosine"].schedule == "cosine"
     assert recipes["untouched_one_cycle"].stem == "pretrained"
     assert all(recipe.track_test for recipe in recipes.values())
+
+
+def _redrawn(folder, **accuracies):
+    for name, curve in accuracies.items():
+        run = folder / name
+        run.mkdir(parents=True)
+        frame = pd.DataFrame({"epoch": range(1, len(curve) + 1), "test_accuracy": curve, "test_loss": 0.5})
+        frame.assign(train_accuracy=0.75).to_csv(run / "history.csv", index=False)
+        metrics = {"epochs": len(curve), "test_accuracy": curve[-1], "test_accuracy_ci95": [0.7, 0.9]}
+        (run / "metrics.json").write_text(json.dumps(metrics | {"train_seconds": 600}))
+
+
+def test_redrawn_runs_stand_beside_the_published_log_after_as_many_epochs(tmp_path):
+    _redrawn(tmp_path, reference_b64=[0.6, 0.8], reference_b32=[0.5, 0.7], something_else=[0.1, 0.1])
+    table = studies.redrawn_table(studies.recorded_redrawn(tmp_path)).set_index("run")
+    first, second, published = table.to_dict("records")
+    assert table.index[0] == studies.REDRAWN["reference_b32"][2]  # the published settings come first
+    assert (first["first_epoch"], first["test_accuracy"], first["minutes"]) == (0.5, 0.7, 10)
+    assert second["test_accuracy"] == 0.8
+    assert (published["epochs"], published["first_epoch"], published["test_accuracy"]) == (2, 0.696, 0.782)
+    assert published["low"] < 0.782 < published["high"]
+
+
+def test_the_chart_of_redrawn_runs_draws_accuracy_and_loss_of_each(tmp_path):
+    _redrawn(tmp_path, reference_b32=[0.5, 0.7], reference_b64=[0.6, 0.8])
+    runs = {name: history for name, (history, _) in studies.recorded_redrawn(tmp_path).items()}
+    accuracy, loss = charts.redrawn_chart(runs, results.published_log()).axes
+    drawn = {line.get_label(): list(line.get_ydata()) for line in accuracy.lines}
+    assert drawn["reference_b64"] == [60.0, 80.0]
+    assert drawn["published log (whole ResNet-50)"] == pytest.approx([69.6, 78.2])  # as far as the runs go
+    assert [list(line.get_ydata()) for line in loss.lines][1:] == [[0.5, 0.5]] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--name", "nonsense"], "choose from reference_b32"),
+        (["--weights", "no/such/file.pth"], "there is no file"),
+        (["--set", "epochz=3"], "did you mean 'epochs'"),
+    ],
+)
+def test_redrawn_refuses_what_it_cannot_do_before_it_begins(arguments, message, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from cifar_ft.__main__ import app
+
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["study", "redrawn", *arguments])
+    assert done.exit_code != 0
+    assert message in " ".join((done.output + str(done.exception)).replace("│", " ").split())
+    assert list(tmp_path.iterdir()) == []
