@@ -6,15 +6,12 @@ Every function reads a `choices.PredictionModel` and changes nothing.
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING
 
+from cifar_ft.choices import PredictionModel
 from cifar_ft.data import CLASSES
 from cifar_ft.gallery import WIDTH, figure, place, reduced
 from cifar_ft.phrases import LABELS, percent, text, translated
 from cifar_ft.predictions import Prediction
-
-if TYPE_CHECKING:
-    from cifar_ft.choices import PredictionModel
 
 BAR = "display:inline-block;height:0.8em;vertical-align:middle;margin-left:8px;background:#0173b2"
 TIGHT = "line-height:1.5"  # notebooks space the lines of widgets for controls, not for text

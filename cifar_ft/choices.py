@@ -1,6 +1,6 @@
 """What the prediction widget knows: pictures chosen, what the models said, what went wrong; without any widget.
 
-`widget.PredictionWidget` is a thin skin over `PredictionModel`; tests drive the model itself.
+`answers` shows it as HTML, `widget.PredictionWidget` is a thin skin over both; tests drive the model itself.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from cifar_ft import CifarFtError, answers
+from cifar_ft import CifarFtError
 from cifar_ft.data import CLASSES, Split, load_samples
 from cifar_ft.gallery import Gallery, reduced
 from cifar_ft.phrases import LABELS, NOTHING_CHOSEN, checked_language, percent, text
@@ -258,13 +258,13 @@ class PredictionModel:
             heats = [grad_cam(model, seen) for model in self.models]
             chosen.heats = [(heat, Image.fromarray(overlay(seen, heat))) for heat in heats]
         except Exception as error:
-            self.heat_error = _message(error)
+            self.heat_error = message(error)
 
     def fail(self, error: Exception) -> None:
         """Keep what went wrong in place of an answer."""
         for choice in self.choices:
             choice.forget()
-        self.error = _message(error)
+        self.error = message(error)
 
     def preview(self) -> PredictionModel:
         """A copy that has been asked about the picture shown, or has failed at it; this one stays as it is."""
@@ -276,19 +276,8 @@ class PredictionModel:
             preview.fail(error)
         return preview
 
-    def picture_html(self) -> str:
-        """The picture as given and as the network sees it; empty without one."""
-        return answers.picture_html(self)
 
-    def result_html(self) -> str:
-        """The answer, or what went wrong, or nothing yet."""
-        return answers.result_html(self)
-
-    def alert_html(self, error: Exception) -> str:
-        """An error that concerns no picture."""
-        return answers.alert_html(self.lang, _message(error))
-
-
-def _message(error: Exception) -> str:
+def message(error: Exception) -> str:
+    """What went wrong, in words for people."""
     known = isinstance(error, CifarFtError)
     return str(error) if known else f"unexpected error, {type(error).__name__}: {error}"

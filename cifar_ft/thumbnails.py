@@ -10,7 +10,8 @@ from uuid import uuid4
 
 import ipywidgets as widgets
 
-from cifar_ft.choices import PredictionModel
+from cifar_ft.answers import alert_html
+from cifar_ft.choices import PredictionModel, message
 from cifar_ft.gallery import ORDERS, PAGE, data_uri, reduced
 from cifar_ft.phrases import LABELS, count
 
@@ -126,7 +127,7 @@ class Thumbnails(widgets.VBox):
             gallery.browse(label, self.order.value, self.draws)
         except Exception as error:
             self._fill()
-            self.page.value = state.alert_html(error)
+            self.page.value = alert_html(state.lang, message(error))
             return
         finally:
             self._wait(False)

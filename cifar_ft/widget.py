@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import ipywidgets as widgets
 
+from cifar_ft.answers import picture_html, result_html
 from cifar_ft.choices import FITS, PredictionModel
 from cifar_ft.data import Split
 from cifar_ft.phrases import ENGLISH, LANGUAGES
@@ -139,10 +140,10 @@ class PredictionWidget(widgets.VBox):
         state = self.state
         try:
             action()
-            said = state.picture_html(), state.result_html()
+            said = picture_html(state), result_html(state)
         except Exception as error:
             state.fail(error)
-            said = state.picture_html(), state.result_html()
+            said = picture_html(state), result_html(state)
         self.picture.value, self.result.value = said
         self._show_lists()
         self.thumbnails.show()
@@ -165,7 +166,7 @@ class PredictionWidget(widgets.VBox):
         note = f"<p>{preview.say('preview')}</p>"
         return {
             "text/plain": f"PredictionWidget({self.state.predictor.source})",
-            "text/html": f'<div lang="{preview.lang}">{note}{preview.picture_html()}{preview.result_html()}</div>',
+            "text/html": f'<div lang="{preview.lang}">{note}{picture_html(preview)}{result_html(preview)}</div>',
             "application/vnd.jupyter.widget-view+json": {
                 "version_major": 2,
                 "version_minor": 0,

@@ -459,15 +459,15 @@ def test_a_notebook_without_a_place_for_its_setup_is_named_and_nothing_is_writte
 def run_setup(monkeypatch, tmp_path):
     """Run the set-up cell with commands recorded instead of run; returns the commands."""
     monkeypatch.chdir(tmp_path)
-    for name in ("COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"):
-        monkeypatch.delenv(name, raising=False)
 
-    def run(installed: bool, **environment: str) -> list[list[str]]:
+    def run(installed: bool, host: str = "home") -> list[list[str]]:
+        modules = {"Colab": {"google", "google.colab"}, "home with Google's libraries": {"google"}}.get(host, set())
+        modules |= {"cifar_ft"} if installed else set()
         commands = []
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
+        is_dir = Path.is_dir
+        monkeypatch.setattr(Path, "is_dir", lambda p: host == "Kaggle" if p == Path("/kaggle") else is_dir(p))
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name in modules else None)
         monkeypatch.setattr("subprocess.run", lambda command, check: commands.append(command))
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
         exec(badges.setup_cell(badges.read_address()), {})
         return commands
 
@@ -476,15 +476,16 @@ def run_setup(monkeypatch, tmp_path):
 
 def test_setup_cell_does_nothing_at_home_or_where_the_course_is_installed(run_setup, tmp_path):
     assert run_setup(installed=False) == []
-    assert run_setup(installed=True, COLAB_RELEASE_TAG="release") == []
+    assert run_setup(installed=False, host="home with Google's libraries") == []
+    assert run_setup(installed=True, host="Colab") == []
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("host", ["COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"])
+@pytest.mark.parametrize("host", ["Colab", "Kaggle"])
 def test_setup_cell_installs_on_hosts_without_moving_torch(run_setup, tmp_path, host):
     from importlib.metadata import version
 
-    clone, pip = run_setup(installed=False, **{host: "x"})
+    clone, pip = run_setup(installed=False, host=host)
     address = badges.read_address()
     assert clone[-2:] == [address.repository, badges.FOLDER]
     assert clone[clone.index("-b") + 1] == address.ref
@@ -494,7 +495,7 @@ def test_setup_cell_installs_on_hosts_without_moving_torch(run_setup, tmp_path, 
     assert f"torch=={version('torch')}" in constraints
     assert f"ipywidgets=={version('ipywidgets')}" in constraints
     (tmp_path / badges.FOLDER).mkdir()
-    assert run_setup(installed=False, **{host: "x"}) == [pip]  # a second try does not stumble over the clone
+    assert run_setup(installed=False, host=host) == [pip]  # a second try does not stumble over the clone
 
 
 def test_setup_cell_fits_a_cell():

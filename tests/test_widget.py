@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from cifar_ft import phrases
+from cifar_ft.answers import picture_html, result_html
 from cifar_ft.choices import MOST_FILES, MOST_MIB
 from cifar_ft.data import CLASSES, Split, load_samples
 from cifar_ft.gallery import LONGEST, PAGE, Gallery, GalleryError
@@ -353,7 +354,7 @@ def test_both_forms_of_an_upload_are_understood():
 
 def test_the_model_behind_the_widget_works_without_it(predictor, samples):
     model = PredictionModel(predictor, samples)
-    assert model.picture_html() == model.result_html() == ""
+    assert picture_html(model) == result_html(model) == ""
     model.choose_sample(199)
     model.predict()
     assert model.prediction.label == "truck"
