@@ -158,6 +158,7 @@ def _redrawn_facts(folder: Path) -> dict[str, str]:
         found[f"redrawn.{name}.difference"] = f"{100 * (row['test_accuracy'] - rows[0]['test_accuracy']):+.1f}"
         if name in redrawn:
             found[f"redrawn.{name}.minutes"] = f"{row['minutes']:.0f}"
+    found["redrawn.machine"] = "; ".join(sorted({metrics["hardware"] for _, metrics in redrawn.values()}))
     found["redrawn.epochs"] = str(rows[0]["epochs"])
     found["redrawn.minutes"] = f"{sum(row['minutes'] for row in rows[:-1]):.0f}"
     return found

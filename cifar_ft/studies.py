@@ -169,7 +169,7 @@ def redraw(
 ) -> Run:
     """Train one of `REDRAWN`, and keep its curves and figures in `out`, without weights.
 
-    The run itself stays in `results.runs_root()` and is gone on with when it was interrupted.
+    The run itself stays below `results.runs_root()` and is gone on with when it was interrupted.
 
     Parameters
     ----------
@@ -188,7 +188,8 @@ def redraw(
     common = {"last_stage": 3, "epochs": epochs, "weights": str(weights), "precision": "auto"}
     recipe = get_recipe(base, common | parse_overrides(changes) | parse_overrides(settings))
     network = "whole" if recipe.last_stage is None else f"cut-behind-stage-{recipe.last_stage}"
-    folder = runs_root() / f"redrawn-{name}-{network}-{epochs}-epochs"
+    # One level below the runs that predictions and notebook 05 look for: none of these is meant to be used.
+    folder = runs_root() / "redrawn" / f"{name}-{network}-{epochs}-epochs"
     run = fit(recipe, data, folder, resume=(folder / "config.json").exists(), echo=echo)
     keep_figures(run, out, ("config.json", "history.csv", "metrics.json"))
     return run

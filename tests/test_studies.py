@@ -144,6 +144,7 @@ def test_the_published_recipe_is_redrawn_without_weights_or_paths(small_data, tm
     assert rows.lr.tolist() == [0.01, 0.005]  # decays to zero within the run
     again = studies.redraw("one", small_data, source, out, 2, settings=settings, echo=quiet)
     assert again.metrics == run.metrics  # a finished run is not repeated
+    assert results.newest_run() is None  # nor do predictions take it for the user's newest model
 
 
 def test_what_is_redrawn_differs_in_what_it_says():
