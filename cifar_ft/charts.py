@@ -191,13 +191,13 @@ def redrawn_chart(runs: Mapping[str, pd.DataFrame], published: pd.DataFrame) -> 
     published : `results.published_log`, drawn in grey as far as the longest run goes.
     """
     fig, axes = new_figure((10.0, 4.6), 1, 2)
-    longest = max(frame.epoch.max() for frame in runs.values())
+    longest, colors = max(frame.epoch.max() for frame in runs.values()), (*PALETTE[:4], "black")  # grey is published
     start = published[published.epoch <= longest]
     for ax, column, factor in zip(axes, ("test_accuracy", "test_loss"), (100, 1), strict=True):
         label = "published log (whole ResNet-50)"
         ax.plot(start.epoch, factor * start[column], color=GREY, linestyle=":", marker="x", label=label)
         for place, (label, frame) in enumerate(runs.items()):
-            style = {"color": PALETTE[place % len(PALETTE)], "marker": MARKERS[place % len(MARKERS)]}
+            style = {"color": colors[place % len(colors)], "marker": MARKERS[place % len(MARKERS)]}
             ax.plot(frame.epoch, factor * frame[column], markevery=-(-len(frame) // 12), label=label, **style)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set(xlabel="epoch", ylabel="test accuracy (%)")
