@@ -6,6 +6,7 @@ Exit status 0 when what was asked for was done, 2 for a wrong argument, 1 for a 
 
 from __future__ import annotations
 
+import signal
 import sys
 from enum import Enum
 from pathlib import Path
@@ -92,7 +93,7 @@ def train(
 def predict(
     inputs: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER...", help="Pictures, or folders of them.")],
     run: Annotated[
-        Path | None, typer.Option(help="A run folder; default: the newest run, else the shipped model.")
+        Path | None, typer.Option(help='A run folder, or "shipped"; default: the newest run, else the shipped model.')
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the rows to this file instead.")] = None,
     fit: Annotated[
@@ -105,24 +106,34 @@ def predict(
     """Predict the class of pictures: a row for each input, path,label,probability,error."""
     from tqdm import tqdm
 
-    from cifar_ft.folders import count_files, predict_paths, write_csv
-    from cifar_ft.predictions import Predictor
+    from cifar_ft.folders import PARTIAL, count_files, predict_paths, write_csv
+    from cifar_ft.predictions import Predictor, check_target
+    from cifar_ft.sources import show_path
     from cifar_ft.speed import keep_memory
 
+    if csv and (csv.is_file() or not csv.exists() or csv.is_dir()):  # devices and pipes are written to as they are
+        check_target(csv)
     keep_memory()
-    predictor = Predictor.from_run(run) if run else Predictor.newest_or_shipped(echo=lambda _: None)
+    predictor = Predictor.newest_or_shipped(run or "", echo=lambda _: None)
     typer.echo(f"Model: {predictor.source}", err=True)
     rows_seen = csv is None and sys.stdout.isatty()  # progress enough
     hidden = rows_seen or not sys.stderr.isatty()
     rows = tqdm(
         predict_paths(inputs, predictor, fit=fit, details=details),
-        total=count_files(inputs),
+        total=None if hidden else count_files(inputs),
         unit="picture",
         disable=hidden,
     )
     if csv is None and hasattr(sys.stdout, "reconfigure"):  # no file name may end the run
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    total, failed = write_csv(rows, csv or sys.stdout, details=details)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, with what there is
+    try:
+        total, failed = write_csv(rows, csv or sys.stdout, details=details)
+    except KeyboardInterrupt:
+        kept = csv and Path(f"{csv.resolve()}{PARTIAL}")
+        where = f"; the rows so far are in {show_path(kept)}" if kept and kept.exists() else ""
+        typer.echo(f"Interrupted{where}", err=True)
+        raise typer.Exit(130) from None
     typer.echo(f"{total} inputs, {failed} could not be read", err=True)
     if failed:
         raise typer.Exit(1)
@@ -131,7 +142,7 @@ def predict(
 @app.command()
 def export(
     run: Annotated[
-        Path | None, typer.Option(help="A run folder; default: the newest run, else the shipped model.")
+        Path | None, typer.Option(help='A run folder, or "shipped"; default: the newest run, else the shipped model.')
     ] = None,
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("model.onnx"),
 ) -> None:

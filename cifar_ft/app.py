@@ -97,7 +97,7 @@ def check_port(host: str, port: int) -> None:
     """Raise AppError unless the port can be listened on."""
     if not 1 <= port <= 65535:
         raise AppError(f"{port} is no port; choose 1 to 65535, such as --port {PORT}")
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         if os.name == "posix":  # as servers do: a port whose last connections are just closing is free
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -18,7 +18,7 @@ from cifar_ft import CifarFtError
 from cifar_ft.backbones import stages
 from cifar_ft.data import CLASSES, Split
 from cifar_ft.evaluation import evaluating
-from cifar_ft.pictures import SIZE, read_image, square
+from cifar_ft.pictures import SIZE, checked_fit, middle, read_image, square
 from cifar_ft.predictions import Predictor
 from cifar_ft.robustness import blur, brightness
 from cifar_ft.surgery import features
@@ -33,7 +33,9 @@ class ExplanationError(CifarFtError, ValueError):
     """A class, a stage or a number of pictures that there is not, or a map that is none."""
 
 
-def grad_cam(predictor: Predictor, image, target: int | str | None = None, *, stage: str | None = None) -> np.ndarray:
+def grad_cam(
+    predictor: Predictor, image, target: int | str | None = None, *, stage: str | None = None, fit: str = "crop"
+) -> np.ndarray:
     """Where the network sees a class: Grad-CAM (Selvaraju et al., ICCV 2017), computed by captum's `LayerGradCam`.
 
     The map is taken at the last layer that still has places: the last kept stage of a ResNet, the activation behind
@@ -46,7 +48,7 @@ def grad_cam(predictor: Predictor, image, target: int | str | None = None, *, st
     ----------
     predictor : Predictor
     image : whatever `read_image` reads
-        Cut square and made 32 pixels wide, as for a prediction.
+        Made square and 32 pixels wide, as for a prediction with the same `fit`.
     target : int or str, optional
         The class, by number or name; by default the one that is predicted.
     stage : str, optional
@@ -66,7 +68,7 @@ def grad_cam(predictor: Predictor, image, target: int | str | None = None, *, st
     """
     from captum.attr import LayerGradCam
 
-    seen = _seen(image)
+    seen = _seen(image, fit)
     index = predictor.predict(seen)[0].index if target is None else _class_index(target)
     model, layer = predictor.model, _layer(predictor.model, stage)
     with evaluating(model):
@@ -97,9 +99,9 @@ def _class_index(target: int | str) -> int:
     return int(target)
 
 
-def _seen(image) -> Tensor:
+def _seen(image, fit: str) -> Tensor:
     """A picture of any kind as the network sees it: uint8 [3, 32, 32]."""
-    return square(read_image(image))
+    return square(read_image(image), fit)
 
 
 def _input(predictor: Predictor, images: Tensor) -> Tensor:
@@ -108,7 +110,7 @@ def _input(predictor: Predictor, images: Tensor) -> Tensor:
     return eval_transform(predictor.recipe)(images.to(device))
 
 
-def overlay(image, heat: np.ndarray) -> np.ndarray:
+def overlay(image, heat: np.ndarray, *, fit: str = "crop") -> np.ndarray:
     """A heat map over its picture: the picture in grey, the heat from dark blue (0) to yellow (1).
 
     The colours (cividis) differ in brightness too, and can be told apart whatever colours one sees.
@@ -121,14 +123,17 @@ def overlay(image, heat: np.ndarray) -> np.ndarray:
     Returns
     -------
     uint8 array [H, W, 3]
-        As large as the middle square of the picture, which is what the network was shown.
+        As large as what the network was shown: the middle square of the picture, or with `fit="pad"` all of it.
     """
     values = torch.as_tensor(np.asarray(heat, dtype=np.float32))
     if values.ndim != 2 or not values.numel() or not ((values >= 0) & (values <= 1)).all():
         raise ExplanationError(f"heat of shape {list(values.shape)} is no map [h, w] of values from 0 to 1")
     picture = read_image(image)
-    side = min(picture.shape[1:])
-    top, left = ((length - side) // 2 for length in picture.shape[1:])
+    if checked_fit(fit) == "pad":
+        side = max(picture.shape[1:])
+        down, right = (side - length for length in picture.shape[1:])
+        picture = F.pad(picture, (right // 2, right - right // 2, down // 2, down - down // 2))
+    side, top, left = middle(*picture.shape[1:])
     grey = picture[:, top : top + side, left : left + side].float().mean(0)
     values = F.interpolate(values[None, None], (side, side), mode="bilinear", align_corners=False)[0, 0]
     colours = 255 * colormaps["cividis"](values.numpy())[..., :3]
@@ -172,7 +177,7 @@ class FeatureBank:
     def __len__(self) -> int:
         return len(self.split)
 
-    def nearest(self, image, k: int = 5) -> pd.DataFrame:
+    def nearest(self, image, k: int = 5, *, fit: str = "crop") -> pd.DataFrame:
         """The `k` pictures of the split that are most similar to `image`, whatever `read_image` reads, best first.
 
         Returns
@@ -183,7 +188,7 @@ class FeatureBank:
         """
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= len(self):
             raise ExplanationError(f"{k!r} nearest pictures cannot be given; choose 1 to {len(self)}")
-        query = _directions(self.predictor, _seen(image)[None])[0]
+        query = _directions(self.predictor, _seen(image, fit)[None])[0]
         similarity = torch.cat([rows.float() @ query for rows in self.features.split(ROWS)]).clamp(-1, 1)
         best = similarity.argsort(descending=True, stable=True)[: int(k)]
         labels = self.split.labels.cpu()[best].tolist()
@@ -204,13 +209,13 @@ def _directions(predictor: Predictor, images: Tensor) -> Tensor:
     return F.normalize(seen.flatten(1).float(), dim=1).cpu()
 
 
-def variants(image) -> dict[str, Tensor]:
+def variants(image, *, fit: str = "crop") -> dict[str, Tensor]:
     """A picture and its small changes, by name: what `sensitivity` asks about, uint8 [3, 32, 32] each.
 
     Shifted by 2 and 4 pixels as in training (black where nothing is left), zoomed, blurred, mirrored, darker, brighter
     and without colours. The first, "unchanged", is the picture as the network sees it.
     """
-    seen = _seen(image)
+    seen = _seen(image, fit)
     one = seen[None]
     changed = {"unchanged": one}
     directions = {"left": (0, 1), "right": (0, -1), "up": (1, 0), "down": (-1, 0)}
@@ -229,7 +234,7 @@ def variants(image) -> dict[str, Tensor]:
     return {name: picture[0].contiguous() for name, picture in changed.items()}
 
 
-def sensitivity(predictor: Predictor, image) -> pd.DataFrame:
+def sensitivity(predictor: Predictor, image, *, fit: str = "crop") -> pd.DataFrame:
     """How the answer moves under small changes of a picture that a person would hardly be misled by.
 
     Parameters
@@ -244,7 +249,7 @@ def sensitivity(predictor: Predictor, image) -> pd.DataFrame:
         predicted now), probability (now, of the label predicted for the unchanged picture) and difference (of that
         probability to the unchanged picture's).
     """
-    pictures = variants(image)
+    pictures = variants(image, fit=fit)
     answers = predictor.predict(torch.stack(list(pictures.values())))
     first = answers[0]
     frame = pd.DataFrame(

@@ -25,7 +25,7 @@ from cifar_ft import CifarFtError, __version__
 from cifar_ft.data import CLASSES, Split, load_samples
 from cifar_ft.evaluation import predict_logits
 from cifar_ft.pictures import SIZE, one_line
-from cifar_ft.predictions import Predictor, replacing
+from cifar_ft.predictions import Predictor, check_target, replacing
 from cifar_ft.sources import show_path
 from cifar_ft.transforms import eval_transform, normalize, resize
 
@@ -104,6 +104,7 @@ def _checked_target(path: str | os.PathLike) -> Path:
     path = Path(os.path.expanduser(path))
     if not path.parent.is_dir():
         raise ExportError(f"there is no folder {show_path(path.parent)}; make it, or choose another file")
+    check_target(path)
     return path
 
 
@@ -287,7 +288,7 @@ def export_checked(
     """
     _require("onnx", "onnxscript", "onnxruntime")
     path = _checked_target(out)
-    predictor = Predictor.from_run(run) if run else Predictor.newest_or_shipped(echo=lambda _: None)
+    predictor = Predictor.newest_or_shipped(run or "", echo=lambda _: None)
     echo(f"Model: {predictor.source}")
     data = _serialized(predictor)
     found = check_onnx(data, predictor, load_samples())

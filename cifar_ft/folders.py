@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
-from cifar_ft.pictures import SUFFIXES, ImageError, squared
+from cifar_ft.pictures import ImageError, find_pictures, squared
 from cifar_ft.predictions import Predictor, chunks, replacing
 
 COLUMNS = ("path", "label", "probability", "error")
 DETAILS = ("unknown", "notes")
+PARTIAL = ".partial"  # behind the name of a file that was not finished
 
 
 def predict_paths(paths, predictor: Predictor, *, fit: str = "crop", details: bool = False) -> Iterator[dict]:
@@ -62,25 +64,7 @@ def count_files(paths) -> int:
 def _files(paths: Iterable) -> Iterator[tuple[object, str]]:
     """Each path, folders opened, with what is wrong with it ("" if nothing is yet)."""
     for path in paths:
-        folder = os.path.expanduser(path) if isinstance(path, (str, os.PathLike)) else ""
-        if not os.path.isdir(folder):
-            yield path, ""
-            continue
-        found, failures, seen = False, [], set()
-        for root, folders, names in os.walk(folder, onerror=failures.append, followlinks=True):
-            if (real := os.path.realpath(root)) in seen:  # a link to a folder further up, for example
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(names):
-                if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):
-                    found = True
-                    yield os.path.join(root, name), ""
-        for failure in failures:
-            yield failure.filename, f"this folder cannot be read: {failure.strerror}"
-        if not found and not failures:
-            yield path, f"there are no pictures in this folder; looked for {' '.join(SUFFIXES)}"
+        yield from find_pictures(path)
 
 
 def write_csv(rows: Iterable[dict], file, *, details: bool = False) -> tuple[int, int]:
@@ -92,7 +76,8 @@ def write_csv(rows: Iterable[dict], file, *, details: bool = False) -> tuple[int
     details : bool
         Also write the columns unknown and notes, which the rows must have.
     file : path or text stream
-        A file appears under its name only when it is complete.
+        A file appears under its name only when it is complete; what an interruption or an error leaves of it is
+        kept beside it, with `PARTIAL` behind its name. A device or a pipe gets the rows as they come.
 
     Returns
     -------
@@ -100,9 +85,11 @@ def write_csv(rows: Iterable[dict], file, *, details: bool = False) -> tuple[int
         Rows in all, and rows with an error.
     """
     if not hasattr(file, "write"):
+        path = Path(os.path.expanduser(file))
+        special = path.exists() and not path.is_file() and not path.is_dir()
         with (
-            replacing(Path(os.path.expanduser(file))) as temporary,
-            open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as stream,
+            nullcontext(path) if special else replacing(path, PARTIAL) as target,
+            open(target, "w", encoding="utf-8", errors="backslashreplace", newline="") as stream,
         ):
             return write_csv(rows, stream, details=details)
     total = failed = 0
@@ -113,5 +100,7 @@ def write_csv(rows: Iterable[dict], file, *, details: bool = False) -> tuple[int
         # A spreadsheet would take such a name for a formula; the path stays the same file's.
         path = f"./{row['path']}" if row["path"].startswith(("=", "+", "-", "@")) else row["path"]
         writer.writerow({**row, "path": path})
+        file.flush()  # whoever reads along, or what is left after an interruption, has every row
         total, failed = total + 1, failed + bool(row["error"])
+    file.flush()
     return total, failed

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -32,6 +33,13 @@ SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
     ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".jpx",
 )  # fmt: skip
+
+
+# Endings of pictures that are mostly of other kinds: in a folder they are tried, and told of, not passed over.
+OTHER_SUFFIXES = (
+    ".heic", ".heif", ".ico", ".tga", ".psd", ".svg", ".jxl", ".eps", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw",
+)  # fmt: skip
+MOST_SCANS = 100  # of a JPEG file; a progressive one has some ten, and each costs the time of a whole picture
 
 
 class ImageError(CifarFtError, ValueError):
@@ -139,6 +147,7 @@ def _decode(image: Image.Image) -> Picture:
     if image.format == "JPEG2000" and width * height > MAX_PIXELS_JPEG2000:
         limit = f"at most {MAX_PIXELS_JPEG2000:,} are allowed, save it as PNG"
         raise ImageError(f"too large for JPEG 2000: {width:,} x {height:,} pixels; {limit}")
+    _refuse_costly(image)
     turned = _turned(image)
     image.load()
     if turned or _turned(image):
@@ -167,6 +176,22 @@ def _decode(image: Image.Image) -> Picture:
     pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     image = torch.from_numpy(pixels).permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
     return Picture(image, tuple(notes), size)
+
+
+def _refuse_costly(image: Image.Image) -> None:
+    """Raise ImageError for a file that would take far more memory or time than its size in pixels says."""
+    if image.format == "TIFF":
+        width, height = (image.tag_v2.get(tag, 1) for tag in (ExifTags.Base.TileWidth, ExifTags.Base.TileLength))
+        if width * height > MAX_PIXELS:
+            limit = f"at most {MAX_PIXELS:,} are allowed"
+            raise ImageError(f"a tile of {width:,} x {height:,} pixels is too large; {limit}")
+    if image.format in ("JPEG", "MPO") and getattr(image, "fp", None) is not None:
+        place = image.fp.tell()
+        image.fp.seek(0)
+        scans = image.fp.read().count(b"\xff\xda")  # the mark that a scan begins; image data cannot hold it
+        image.fp.seek(place)
+        if scans > MOST_SCANS:
+            raise ImageError(f"{scans:,} scans would take too long; at most {MOST_SCANS} are allowed, save it anew")
 
 
 def _turned(image: Image.Image) -> bool:
@@ -211,6 +236,34 @@ def _uint8(array: np.ndarray) -> np.ndarray:
     return (array.clip(0, 1).astype(np.float32) * 255).round().astype(np.uint8)
 
 
+def find_pictures(path) -> Iterator[tuple[object, str]]:
+    """Every picture in a folder and below, sorted, without hidden ones, with what is wrong with it ("" if nothing yet).
+
+    Links are followed. What is no folder is given back as it is; a folder that cannot be read or has no pictures is
+    given back with the reason.
+    """
+    folder = os.path.expanduser(path) if isinstance(path, (str, os.PathLike)) else ""
+    if not os.path.isdir(folder):
+        yield path, ""
+        return
+    found, failures, seen = False, [], set()
+    for root, folders, names in os.walk(folder, onerror=failures.append, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:  # a link to a folder further up, for example
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            ending = os.path.splitext(name)[1].lower()
+            if ending in (*SUFFIXES, *OTHER_SUFFIXES) and not name.startswith("."):
+                found = True
+                yield os.path.join(root, name), ""
+    for failure in failures:
+        yield failure.filename, f"this folder cannot be read: {failure.strerror}"
+    if not found and not failures:
+        yield path, f"there are no pictures in this folder; looked for {' '.join(SUFFIXES)}"
+
+
 def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
@@ -238,6 +291,13 @@ def squared(source, fit: str = "crop") -> Picture:
     return Picture(square(picture.image, fit), (*picture.notes, *([note] if note else [])), picture.size)
 
 
+def checked_fit(fit: str) -> str:
+    """One of "crop" and "pad", else ImageError."""
+    if fit not in ("crop", "pad"):
+        raise ImageError(f"unknown fit {fit!r}; choose crop or pad")
+    return fit
+
+
 def square(image: Tensor, fit: str = "crop") -> Tensor:
     """Make a picture square and 32 pixels wide, as the network is used to.
 
@@ -255,8 +315,7 @@ def square(image: Tensor, fit: str = "crop") -> Tensor:
     -------
     uint8 Tensor [3, 32, 32]
     """
-    if fit not in ("crop", "pad"):
-        raise ImageError(f"unknown fit {fit!r}; choose crop or pad")
+    checked_fit(fit)
     height, width = image.shape[1:]
     size = (SIZE, SIZE)
     if fit == "crop":

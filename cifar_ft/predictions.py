@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,17 @@ from cifar_ft import CifarFtError
 from cifar_ft.data import CLASSES, Split
 from cifar_ft.evaluation import predict_logits
 from cifar_ft.metrics import energy
-from cifar_ft.pictures import SIZE, ImageError, Picture, one_line, read_image, square, squared
+from cifar_ft.pictures import (
+    SIZE,
+    ImageError,
+    Picture,
+    checked_fit,
+    find_pictures,
+    one_line,
+    read_image,
+    square,
+    squared,
+)
 from cifar_ft.recipes import Recipe
 from cifar_ft.results import accuracy_text, load_run, newest_run, runs_root
 from cifar_ft.sources import show_path
@@ -115,7 +126,7 @@ class Predictor:
         calibration: dict[str, float] | None = None,
     ):
         self.model, self.recipe, self.source, self.precision = model.eval(), recipe, source, precision
-        self.calibration = calibration
+        self.calibration = _checked_calibration(calibration, source)
 
     def __repr__(self) -> str:
         return f"Predictor({self.source})"
@@ -158,8 +169,11 @@ class Predictor:
 
     @classmethod
     def newest_or_shipped(cls, run_dir: str | os.PathLike = "", echo=print) -> Predictor:
-        """The model of `run_dir`, else of the newest finished run, else as shipped; `echo` hears which."""
-        run_dir = run_dir or newest_run()
+        """The model of `run_dir` ("shipped": as shipped), else of the newest finished run, else as shipped.
+
+        `echo` hears which.
+        """
+        run_dir = None if str(run_dir) == "shipped" else run_dir or newest_run()
         predictor = cls.from_run(run_dir) if run_dir else cls.shipped()
         echo(f"Predicting with {predictor.source}")
         return predictor
@@ -169,9 +183,9 @@ class Predictor:
 
         Parameters
         ----------
-        images : picture, batch, Split, or iterable of pictures
-            A picture is anything that `read_image` reads; a batch is a Tensor [N, 3, H, W] or an array
-            [N, H, W, 3]. An iterable is read 32 pictures at a time.
+        images : picture, folder, batch, Split, or iterable of pictures
+            A picture is anything that `read_image` reads; a folder stands for the pictures in it and below, sorted; a
+            batch is a Tensor [N, 3, H, W] or an array [N, H, W, 3]. An iterable is read 32 pictures at a time.
         top_k : int, optional
             Keep only the probabilities of the `top_k` best classes.
         fit : {"crop", "pad"}
@@ -199,6 +213,7 @@ class Predictor:
 
     def _logits(self, images, fit: str, notes: list[tuple[str, ...]]) -> Tensor:
         """Logits [N, 10] of what `predict` accepts; what was done to each picture is appended to `notes`."""
+        checked_fit(fit)
         images = images.images if isinstance(images, Split) else images
         if isinstance(images, Tensor) and images.dtype == torch.uint8 and images.shape[1:] == (3, SIZE, SIZE):
             notes += [()] * len(images)  # nothing to read or to cut: as fast as evaluation
@@ -226,6 +241,15 @@ class Predictor:
         return (energy(logits) < self.calibration["lowest_energy"]).tolist()
 
 
+def _checked_calibration(calibration: dict | None, source: str) -> dict | None:
+    names = ("temperature", "lowest_energy", "false_alarms")
+    values = [] if calibration is None else [calibration.get(name) for name in names]
+    good = all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+    if not good or (values and values[0] <= 0):
+        raise PredictionError(f"the calibration of {source} is damaged ({calibration}); {TRAIN}")
+    return calibration
+
+
 def _prediction(row: list[float], k: int | None, unknown: bool | None, notes: tuple[str, ...]) -> Prediction:
     order = sorted(range(len(row)), key=lambda i: -row[i])
     kept = range(len(row)) if k is None else order[:k]
@@ -241,6 +265,12 @@ def _checked_k(k: int) -> int:
 
 def _squares(images, fit: str) -> Iterator[Picture]:
     """Each picture as uint8 [3, 32, 32], with all that was done to it."""
+    if isinstance(images, (str, os.PathLike)) and os.path.isdir(os.path.expanduser(images)):
+        for path, problem in find_pictures(images):
+            if problem:
+                raise ImageError(f"{show_path(path)}: {problem}")
+            yield squared(path, fit)
+        return
     kinds = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, dict)
     if isinstance(images, kinds) or hasattr(images, "read") or getattr(images, "ndim", 1) not in (1, 4):
         yield squared(images, fit)
@@ -306,8 +336,14 @@ def _rebuild(recipe: Recipe, backbone: str, state: dict[str, Tensor], source: st
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of `path` if nothing fails."""
+def replacing(path: Path, leftover: str = "") -> Iterator[Path]:
+    """A temporary file that takes the place of `path` if nothing fails; a link stays, its target is replaced.
+
+    With `leftover`, what an interruption or an error leaves of it is kept under the name with that ending; else it is
+    removed.
+    """
+    path = Path(os.path.realpath(path))
+    check_target(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
@@ -317,4 +353,19 @@ def replacing(path: Path) -> Iterator[Path]:
             f"cannot write {show_path(path)}: {error.strerror or error}; choose another file"
         ) from error
     finally:
+        if leftover and temporary.exists() and temporary.stat().st_size:
+            os.replace(temporary, path.with_name(path.name + leftover))
         temporary.unlink(missing_ok=True)
+
+
+def check_target(path: str | os.PathLike) -> None:
+    """Raise PredictionError, as a wrong argument, unless a file could be written there."""
+    path = Path(os.path.realpath(os.path.expanduser(path)))
+    problem = "it is no regular file" if path.exists() and not path.is_file() else ""
+    problem = "it is a folder" if path.is_dir() else problem
+    if not path.parent.is_dir():
+        problem = f"there is no folder {show_path(path.parent)}"
+    if problem:
+        error = PredictionError(f"cannot write {show_path(path)}: {problem}; choose another file")
+        error.wrong_argument = True
+        raise error

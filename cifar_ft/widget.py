@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import ipywidgets as widgets
 
-from cifar_ft.answers import picture_html, result_html
+from cifar_ft.answers import alert_html, picture_html, result_html
 from cifar_ft.choices import FITS, PredictionModel
 from cifar_ft.data import Split
 from cifar_ft.phrases import ENGLISH, LANGUAGES
-from cifar_ft.pictures import SUFFIXES
+from cifar_ft.pictures import SUFFIXES, ImageError
 from cifar_ft.predictions import Predictor
 from cifar_ft.thumbnails import NOTHING, ChoiceList, Thumbnails, button, row
 
@@ -88,6 +89,7 @@ class PredictionWidget(widgets.VBox):
         upload = widgets.FileUpload(accept=ACCEPT, multiple=True, icon="", layout=layout)
         upload.description = self.state.say("upload")
         upload.observe(self._on_upload, "value")
+        upload.observe(self._on_upload_error, "error")
         return upload
 
     def _relabel(self) -> None:
@@ -125,6 +127,12 @@ class PredictionWidget(widgets.VBox):
         if change["new"]:
             self._do(lambda: self.state.choose_uploads(uploaded_files(change["new"])))
 
+    def _on_upload_error(self, change) -> None:
+        """The browser could not read a file."""
+        if change["new"]:
+            self.state.clear()
+            self._do(partial(self.state.fail, ImageError(f"the browser could not read the file: {change['new']}")))
+
     def _on_heat_map(self, change) -> None:
         self._do(lambda: self.state.set_heat_map(change["new"]))
 
@@ -143,7 +151,12 @@ class PredictionWidget(widgets.VBox):
             said = picture_html(state), result_html(state)
         except Exception as error:
             state.fail(error)
-            said = picture_html(state), result_html(state)
+            try:
+                said = picture_html(state), result_html(state)
+            except Exception:  # the picture itself cannot be shown
+                said = "", alert_html(state.lang, state.error)
+        if said[0] != self.picture.value:
+            self.result.value = ""  # not for a moment beside another picture
         self.picture.value, self.result.value = said
         self._show_lists()
         self.thumbnails.show()

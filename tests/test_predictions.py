@@ -246,6 +246,63 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(width, height, mon
     assert not decoded
 
 
+def test_a_small_tiff_with_a_huge_tile_is_refused_before_it_is_decoded():
+    tags = ((256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (277, 1), (322, 32_000), (323, 32_000))
+    tags = (*tags, (324, 8), (325, 10))  # the tile, which nobody may open
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    data = b"II*\0" + struct.pack("<I", 18) + b"\0" * 10 + struct.pack("<H", len(tags)) + entries + b"\0" * 4
+    with pytest.raises(ImageError, match="a tile of 32,000 x 32,000 pixels is too large"):
+        read_image(data)
+
+
+def test_a_jpeg_that_repeats_its_scans_is_refused_and_a_progressive_one_is_read():
+    data = file_of(Image.fromarray(picture(64, 64)), "JPEG", progressive=True)
+    assert 1 < data.count(b"\xff\xda") < 20
+    assert read_image(data).shape == (3, 64, 64)
+    last = data.rindex(b"\xff\xda")
+    with pytest.raises(ImageError, match=r"scans would take too long; at most 100"):
+        read_image(data[:last] + 200 * data[last:-2] + data[-2:])
+
+
+def test_pictures_of_kinds_that_are_mostly_not_read_are_told_of_in_a_folder(tmp_path, predictor):
+    (tmp_path / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / "really_a_png.heic").write_bytes(file_of(Image.fromarray(picture()), "PNG"))
+    (tmp_path / "notes.txt").write_text("no picture")
+    first, second = predict_paths([tmp_path], predictor)
+    assert "not a picture that can be read here" in first["error"]
+    assert (second["error"], second["label"] in CLASSES) == ("", True)
+
+
+def test_a_folder_is_predicted_in_one_call(tmp_path, predictor, samples):
+    for i in range(3):
+        Image.fromarray(samples.images[i].permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+    answers = predictor.predict(tmp_path)
+    assert [a.index for a in answers] == [a.index for a in predictor.predict(samples.images[:3])]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ImageError, match="no pictures in this folder"):
+        predictor.predict(tmp_path / "empty")
+
+
+def test_an_unknown_fit_is_refused_whatever_the_pictures_are(predictor, samples):
+    for images in (samples.images[:2], []):
+        with pytest.raises(ImageError, match="choose crop or pad"):
+            predictor.predict(images, fit="stretch")
+
+
+@pytest.mark.parametrize("damage", [{"temperature": 0.0}, {"temperature": float("nan")}, {"lowest_energy": None}])
+def test_a_damaged_calibration_is_refused(predictor, damage):
+    good = {"temperature": 1.0, "lowest_energy": 2.0, "false_alarms": 0.02}
+    Predictor(predictor.model, predictor.recipe, "a model", calibration=good)
+    with pytest.raises(PredictionError, match="calibration of a model is damaged"):
+        Predictor(predictor.model, predictor.recipe, "a model", calibration=good | damage)
+
+
+def test_the_shipped_model_can_be_asked_for_by_name(run_dir, monkeypatch):
+    monkeypatch.setenv("CIFAR_FT_RUNS", str(run_dir.parent))
+    assert "the run" in Predictor.newest_or_shipped(echo=silent).source
+    assert "the shipped model" in Predictor.newest_or_shipped("shipped", echo=silent).source
+
+
 def test_refusals_name_the_picture_what_is_wrong_and_what_is_allowed(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "notes.png").write_text("not a picture")
@@ -711,7 +768,7 @@ def test_the_csv_has_a_row_for_each_input_and_reads_back(folder, predictor, tmp_
     assert stream.getvalue() == file.read_text(encoding="utf-8")
 
 
-def test_a_csv_that_fails_half_way_leaves_the_earlier_file_and_nothing_else(tmp_path):
+def test_a_csv_that_fails_half_way_keeps_the_earlier_file_and_the_rows_so_far(tmp_path):
     def rows():
         yield {"path": "a", "label": "cat", "probability": 0.5, "error": ""}
         raise KeyboardInterrupt
@@ -721,11 +778,39 @@ def test_a_csv_that_fails_half_way_leaves_the_earlier_file_and_nothing_else(tmp_
     with pytest.raises(KeyboardInterrupt):
         write_csv(rows(), file)
     assert file.read_text() == "before"
-    assert list(tmp_path.iterdir()) == [file]
+    assert (tmp_path / "answers.csv.partial").read_text().splitlines()[1:] == ["a,cat,0.5,"]
+    assert len(list(tmp_path.iterdir())) == 2
     with pytest.raises(PredictionError, match=r"cannot write .*; choose another file"):
         write_csv([], tmp_path / "no" / "answers.csv")
-    with pytest.raises(PredictionError, match="cannot write"):
+    with pytest.raises(PredictionError, match="it is a folder"):
         write_csv([], tmp_path)
+
+
+def test_every_row_is_there_before_the_next_picture_is_read(tmp_path):
+    row = {"path": "a", "label": "cat", "probability": 0.5, "error": ""}
+    read = []
+
+    def rows(file):
+        yield row
+        read.append(file.read_text())
+        yield row
+
+    target = tmp_path / "answers.csv"
+    with target.open("w") as stream:
+        write_csv(rows(target), stream)
+    assert read == ["path,label,probability,error\na,cat,0.5,\n"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and devices as on Linux")
+def test_links_and_devices_stay_what_they_are(tmp_path):
+    row = {"path": "a", "label": "cat", "probability": 0.5, "error": ""}
+    target, link = tmp_path / "target.csv", tmp_path / "link.csv"
+    link.symlink_to(target)
+    write_csv([row], link)
+    assert link.is_symlink()
+    assert "a,cat" in target.read_text()
+    assert write_csv([row], os.devnull) == (1, 0)
+    assert not os.path.isfile(os.devnull)
 
 
 def test_names_that_are_not_utf8_do_not_stop_the_csv(tmp_path):

@@ -263,6 +263,31 @@ def test_an_error_of_the_model_is_shown_in_place_of_the_answer(widget, predictor
     assert "predicted truck" in Page(widget.result.value).text
 
 
+def test_an_answer_never_stands_beside_another_picture_not_even_for_a_moment(widget):
+    click(widget)
+    beside = []
+    widget.picture.observe(lambda change: beside.append(widget.result.value), "value")
+    select(widget, 3)
+    assert beside == [""]
+
+
+def test_a_picture_that_cannot_be_shown_is_an_alert_and_leaves_no_answer(widget, monkeypatch):
+    click(widget)
+    monkeypatch.setattr("cifar_ft.widget.picture_html", lambda state: 1 / 0)
+    select(widget, 3)
+    assert widget.picture.value == ""
+    assert 'role="alert"' in widget.result.value
+    assert "ZeroDivisionError" in widget.result.value
+
+
+def test_a_file_that_the_browser_cannot_read_is_an_alert(widget):
+    click(widget)
+    widget.upload.error = "NotReadableError"
+    assert 'role="alert"' in widget.result.value
+    assert "NotReadableError" in widget.result.value
+    assert widget.picture.value == ""
+
+
 def test_the_button_is_disabled_while_the_model_works(widget, predictor):
     states = []
     predictor.during = lambda: states.append(widget.button.disabled)
