@@ -1,24 +1,64 @@
-"""One step: gradients of a global batch, in pieces where memory is short, and a watch over the loss."""
+"""What training moves, and one step of it: gradients of a global batch, in pieces where memory is short, and a watch
+over the loss."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from cifar_ft.checkpoints import TrainingError
 from cifar_ft.data import EpochBatches, Split
 from cifar_ft.recipes import Recipe
-
-if TYPE_CHECKING:
-    from cifar_ft.training import Training
+from cifar_ft.tuning import Plan
 
 LOSS_LIMIT = 100.0  # nats; a guess by chance among ten classes costs 2.3
 CHECK_EVERY = 50  # steps between two looks at the loss on a GPU, which would have to be waited for
+
+
+@dataclass
+class Training:
+    """What training moves: the model, its moving average, the optimiser, and the place reached."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: nn.Module | None  # the moving average of the weights, where the recipe wants one
+    sums: Tensor  # of the running epoch: cross-entropy, correct predictions, images
+    plan: Plan = field(default_factory=lambda: Plan("fp32"))
+    pieces: int = 1  # that a process cuts its batch into, to save memory
+    seconds: float = 0.0  # of the running epoch, evaluation aside
+    epoch: int = 0  # epochs finished
+    step: int = 0  # steps finished within the running epoch
+    history: list[dict] = field(default_factory=list)
+    best: dict | None = None  # {"val_accuracy": float, "model": state dict}
+
+    PLACE = ("pieces", "seconds", "epoch", "step", "history", "best")
+
+    @property
+    def kept(self) -> nn.Module:
+        """The module whose weights the run will keep: the moving average where there is one."""
+        return self.model if self.ema is None else self.ema
+
+    def state(self) -> dict:
+        """All of it as tensors and plain values."""
+        place = {key: getattr(self, key) for key in self.PLACE}
+        model = getattr(self.model, "module", self.model)  # without the wrapper of several processes
+        parts = {"model": model.state_dict(), "optimizer": self.optimizer.state_dict(), "sums": self.sums}
+        return {**place, **parts, "ema": None if self.ema is None else self.ema.state_dict()}
+
+    def restore(self, state: dict) -> None:
+        """The inverse of `state`."""
+        getattr(self.model, "module", self.model).load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.sums = state["sums"].to(self.sums.device)
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        for key in self.PLACE:
+            setattr(self, key, state[key])
 
 
 def backward(

@@ -10,7 +10,6 @@ import copy
 import shlex
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -40,49 +39,8 @@ from cifar_ft.records import describe_run, new_run_dir, write_run
 from cifar_ft.results import Run, accuracy_text, load_run
 from cifar_ft.sources import data_root, show_path
 from cifar_ft.speed import keep_memory
-from cifar_ft.steps import LossWatch, backward
+from cifar_ft.steps import LossWatch, Training, backward
 from cifar_ft.tuning import Plan, choose_plan
-
-
-@dataclass
-class Training:
-    """What training moves: the model, its moving average, the optimiser, and the place reached."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    ema: nn.Module | None  # the moving average of the weights, where the recipe wants one
-    sums: Tensor  # of the running epoch: cross-entropy, correct predictions, images
-    plan: Plan = field(default_factory=lambda: Plan("fp32"))
-    pieces: int = 1  # that a process cuts its batch into, to save memory
-    seconds: float = 0.0  # of the running epoch, evaluation aside
-    epoch: int = 0  # epochs finished
-    step: int = 0  # steps finished within the running epoch
-    history: list[dict] = field(default_factory=list)
-    best: dict | None = None  # {"val_accuracy": float, "model": state dict}
-
-    PLACE = ("pieces", "seconds", "epoch", "step", "history", "best")
-
-    @property
-    def kept(self) -> nn.Module:
-        """The module whose weights the run will keep: the moving average where there is one."""
-        return self.model if self.ema is None else self.ema
-
-    def state(self) -> dict:
-        """All of it as tensors and plain values."""
-        place = {key: getattr(self, key) for key in self.PLACE}
-        model = getattr(self.model, "module", self.model)  # without the wrapper of several processes
-        parts = {"model": model.state_dict(), "optimizer": self.optimizer.state_dict(), "sums": self.sums}
-        return {**place, **parts, "ema": None if self.ema is None else self.ema.state_dict()}
-
-    def restore(self, state: dict) -> None:
-        """The inverse of `state`."""
-        getattr(self.model, "module", self.model).load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.sums = state["sums"].to(self.sums.device)
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        for key in self.PLACE:
-            setattr(self, key, state[key])
 
 
 def train_epoch(
