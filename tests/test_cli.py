@@ -2,8 +2,10 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from PIL import Image
@@ -26,6 +28,8 @@ def run(*arguments, **options):
         (["course", "-p", "SEEED=1"], ["SEEED", "SEED"]),
         (["course", "-p", "SEED=one"], ["SEED"]),
         (["data", "--source", "ftp"], ["ftp", "npm"]),
+        (["predict", "x.png", "--csv", "."], ["it is a folder", "choose another file"]),
+        (["predict", "x.png", "--csv", "no/rows.csv"], ["there is no folder", "choose another file"]),
         (["nonsense"], ["nonsense"]),
     ],
 )
@@ -50,6 +54,27 @@ def test_importing_the_package_and_asking_for_help_does_not_import_torch():
     code = "import sys, cifar_ft, cifar_ft.__main__; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
     assert "course" in run("--help").stdout
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals as on Linux")
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
+def test_an_interrupted_predict_keeps_its_rows_and_says_where(how, tmp_path):
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (32, 32)).save(picture)
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from cifar_ft.__main__ import main\n"
+    code += "sys.argv = ['cifar_ft', 'predict', *['a.png'] * 5000, '--csv', 'rows.csv', '--run', 'shipped']; main()"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not any(file.stat().st_size > 60 for file in tmp_path.glob(".rows.csv.*")):
+        time.sleep(0.1)
+    process.send_signal(getattr(signal, how))
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, said
+    assert "Interrupted; the rows so far are in" in said
+    assert "Traceback" not in said
+    assert (tmp_path / "rows.csv.partial").read_text().startswith("path,label,probability,error\na.png,")
+    assert not (tmp_path / "rows.csv").exists()
 
 
 def test_predict_answers_every_input_and_exits_1_when_one_cannot_be_read(tmp_path):
