@@ -106,12 +106,12 @@ def predict(
     """Predict the class of pictures: a row for each input, path,label,probability,error."""
     from tqdm import tqdm
 
-    from cifar_ft.folders import PARTIAL, count_files, predict_paths, write_csv
+    from cifar_ft.folders import PARTIAL, count_files, is_device, predict_paths, write_csv
     from cifar_ft.predictions import Predictor, check_target
     from cifar_ft.sources import show_path
     from cifar_ft.speed import keep_memory
 
-    if csv and (csv.is_file() or not csv.exists() or csv.is_dir()):  # devices and pipes are written to as they are
+    if csv and not is_device(csv):
         check_target(csv)
     keep_memory()
     predictor = Predictor.newest_or_shipped(run or "", echo=lambda _: None)

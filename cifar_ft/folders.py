@@ -67,6 +67,11 @@ def _files(paths: Iterable) -> Iterator[tuple[object, str]]:
         yield from find_pictures(path)
 
 
+def is_device(path: Path) -> bool:
+    """Whether `path` is a device or a pipe, which is written to as it is and never replaced."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def write_csv(rows: Iterable[dict], file, *, details: bool = False) -> tuple[int, int]:
     """Write the rows of `predict_paths` as CSV (UTF-8) as they come.
 
@@ -86,9 +91,8 @@ def write_csv(rows: Iterable[dict], file, *, details: bool = False) -> tuple[int
     """
     if not hasattr(file, "write"):
         path = Path(os.path.expanduser(file))
-        special = path.exists() and not path.is_file() and not path.is_dir()
         with (
-            nullcontext(path) if special else replacing(path, PARTIAL) as target,
+            nullcontext(path) if is_device(path) else replacing(path, PARTIAL) as target,
             open(target, "w", encoding="utf-8", errors="backslashreplace", newline="") as stream,
         ):
             return write_csv(rows, stream, details=details)
