@@ -12,10 +12,10 @@ from pathlib import Path
 
 import typer
 
-from cifar_ft.checkpoints import write_atomic
 from cifar_ft.data import load_cifar10
+from cifar_ft.files import write_atomic
 from cifar_ft.recipes import get_recipe
-from cifar_ft.speed import hardware
+from cifar_ft.training import hardware
 
 FILE = Path("results/benchmarks.json")
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -107,7 +107,7 @@ def all() -> None:
 
 
 def _data():
-    return load_cifar10(echo=lambda _: None)
+    return load_cifar10()
 
 
 def _known() -> dict:

@@ -25,11 +25,11 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from cifar_ft import CifarFtError, surgery, transforms
+from cifar_ft import CifarFtError, models, transforms
 from cifar_ft.data import CLASSES, Cifar10, Split, load_cifar10
+from cifar_ft.models import predict_logits
 from cifar_ft.recipes import Recipe, get_recipe, parse_overrides
-from cifar_ft.records import peak_memory_mb
-from cifar_ft.results import predict_logits
+from cifar_ft.training import peak_memory_mb
 
 WORKERS = 0  # loader processes; of 0 and 2, 0 was faster or as fast for every contender on two cores
 TORCHVISION = "torchvision RandomCrop(32, padding=4), RandomHorizontalFlip, Resize, an image at a time"
@@ -49,7 +49,7 @@ class Task:
 
     def model(self) -> nn.Module:
         """A new EfficientNet-Lite0 with ImageNet weights and ten classes, as cifar_ft builds it."""
-        return surgery.build_model(self.recipe, echo=_silent)
+        return models.build_model(self.recipe, echo=_silent)
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from cifar_ft import surgery, transforms
-from cifar_ft.convolutions import speed_up
+from cifar_ft import models, transforms
 from cifar_ft.data import Split, make_loader
-from cifar_ft.optimization import make_optimizer
 from cifar_ft.recipes import Recipe
-from cifar_ft.records import peak_memory_mb
-from cifar_ft.speed import keep_memory
+from cifar_ft.training import keep_memory, make_optimizer, peak_memory_mb, speed_up
 
 
 def matmul_peak(precision: str, size: int = 4096, repeats: int = 5) -> float:
@@ -37,7 +34,7 @@ def matmul_peak(precision: str, size: int = 4096, repeats: int = 5) -> float:
 
 def gflop_per_image(recipe: Recipe) -> float:
     """Of one training step: forward and backward, two for each multiply-add."""
-    model = surgery.build_model(recipe.replace(weights="none"), _silent).train()
+    model = models.build_model(recipe.replace(weights="none"), _silent).train()
     with FlopCounterMode(display=False) as counter:
         model(torch.randn(2, 3, recipe.image_size, recipe.image_size)).sum().backward()
     return counter.get_total_flops() / 2 / 1e9
@@ -45,7 +42,7 @@ def gflop_per_image(recipe: Recipe) -> float:
 
 def course_loop(recipe: Recipe, train: Split, precision: str) -> Callable[[], None]:
     """A function that trains one batch the course's way: augmented as a whole, channels last, fast convolutions."""
-    model = surgery.build_model(recipe.replace(weights="none"), _silent).train()
+    model = models.build_model(recipe.replace(weights="none"), _silent).train()
     speed_up(model.to(memory_format=torch.channels_last))
     optimizer, transform = make_optimizer(model, recipe), transforms.train_transform(recipe)
     batches = _endless(lambda: make_loader(train, recipe, train=True))
@@ -79,7 +76,7 @@ def plain_loop(recipe: Recipe, train: Split) -> Callable[[], None]:
         def __getitem__(self, index: int):
             return augment(pictures[index]), int(train.labels[index])
 
-    model = surgery.build_model(recipe.replace(weights="none"), _silent).train()
+    model = models.build_model(recipe.replace(weights="none"), _silent).train()
     optimizer = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
     criterion = nn.CrossEntropyLoss()
     batches = _endless(lambda: DataLoader(Pictures(), recipe.batch_size, shuffle=True))
@@ -183,7 +180,7 @@ def start_up(repeats: int = 3) -> dict:
     everything = beyond.replace("import cifar_ft;", "import cifar_ft.training;")
     load = (
         "import time; from cifar_ft.data import load_cifar10; t = time.perf_counter(); "
-        "load_cifar10(echo=lambda _: None); print(time.perf_counter() - t)"
+        "load_cifar10(); print(time.perf_counter() - t)"
     )
     codes = {"import_cifar_ft": beyond, "import_cifar_ft_training": everything, "load_cached_dataset": load}
     return {name: statistics.median(_seconds(code) for _ in range(repeats)) for name, code in codes.items()}

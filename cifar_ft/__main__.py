@@ -37,13 +37,15 @@ Overrides = Annotated[
     list[str],
     typer.Option("--set", metavar="KEY=VALUE", help="Change one setting of the recipe; repeatable."),
 ]
+
+
 Out = Annotated[Path | None, typer.Option("--out", help="Folder to write; default: a new one.")]
 
 
 @app.command()
 def check() -> None:
     """Tell whether this machine is ready: versions, processor, disk, data and weights."""
-    from cifar_ft.readiness import checks
+    from cifar_ft.course import checks
 
     failed = 0
     for ok, what, advice in checks():
@@ -56,9 +58,9 @@ def check() -> None:
 @app.command()
 def data(root: Root = None, source: Source = Source.auto) -> None:
     """Fetch CIFAR-10 once and verify it."""
-    from cifar_ft.sources import fetch_cifar10
+    from cifar_ft.data import fetch_cifar10
 
-    fetch_cifar10(root, source.value, typer.echo)
+    fetch_cifar10(root, source.value)
 
 
 @app.command()
@@ -79,14 +81,12 @@ def train(
     begun = out / "config.json" if resume and recipe is None and (out / "config.json").exists() else None
     checked = None if begun else get_recipe(recipe or "quick", settings)
     from cifar_ft.data import load_cifar10
-    from cifar_ft.processes import start_processes
-    from cifar_ft.records import stored_recipe
-    from cifar_ft.training import fit
+    from cifar_ft.training import fit, start_processes, stored_recipe
 
     if begun:
         checked = stored_recipe(out).replace(**parse_overrides(settings))
-    echo = typer.echo if start_processes().is_main_process else (lambda _: None)
-    fit(checked, load_cifar10(root, echo=echo), out, resume=resume, echo=echo)
+    start_processes()
+    fit(checked, load_cifar10(root), out, resume=resume)
 
 
 @app.command()
@@ -106,15 +106,14 @@ def predict(
     """Predict the class of pictures: a row for each input, path,label,probability,error."""
     from tqdm import tqdm
 
-    from cifar_ft.folders import PARTIAL, count_files, is_device, predict_paths, write_csv
-    from cifar_ft.predictions import Predictor, check_target
-    from cifar_ft.sources import show_path
-    from cifar_ft.speed import keep_memory
+    from cifar_ft.files import check_target, show_path
+    from cifar_ft.predictions import PARTIAL, Predictor, count_files, is_device, predict_paths, write_csv
+    from cifar_ft.training import keep_memory
 
     if csv and not is_device(csv):
         check_target(csv)
     keep_memory()
-    predictor = Predictor.newest_or_shipped(run or "", echo=lambda _: None)
+    predictor = Predictor.newest_or_shipped(run or "")
     typer.echo(f"Model: {predictor.source}", err=True)
     rows_seen = csv is None and sys.stdout.isatty()  # progress enough
     hidden = rows_seen or not sys.stderr.isatty()
@@ -147,9 +146,9 @@ def export(
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("model.onnx"),
 ) -> None:
     """Write the model as one ONNX file that runs without PyTorch, checked and timed against it."""
-    from cifar_ft.export import export_checked
+    from cifar_ft.predictions import export_checked
 
-    export_checked(run, out, typer.echo)
+    export_checked(run, out)
 
 
 @app.command("app")
@@ -160,9 +159,9 @@ def app_(
     pool: Annotated[int, typer.Option(help="Kernels kept ready, about 0.5 GB each.", min=1)] = 2,
 ) -> None:
     """Serve the prediction widget as a page of its own, until Ctrl-C."""
-    from cifar_ft.app import serve
+    from cifar_ft.widget import serve
 
-    serve(port, host, not no_browser, pool, typer.echo)
+    serve(port, host, not no_browser, pool)
 
 
 @app.command()
@@ -176,26 +175,31 @@ def course(
     """Run the six notebooks end to end and print what came out."""
     from cifar_ft.course import run_course
 
-    result = run_course(out, recipe, list(parameters), before=_fetch, echo=typer.echo)
+    result = run_course(out, recipe, list(parameters), before=_fetch)
     typer.echo("\n" + result.table())
 
 
 def _fetch(parameters) -> None:
     """Fetch data and weights before the notebooks need them, where progress and errors are easy to read."""
-    from cifar_ft.sources import fetch_cifar10, fetch_weights, resolve_backbone
+    from cifar_ft.data import fetch_cifar10
+    from cifar_ft.models import fetch_weights, resolve_backbone
 
     recipe = get_recipe(parameters["RECIPE"], parameters["OVERRIDES"])
-    fetch_cifar10(parameters["DATA_ROOT"] or None, echo=typer.echo)
+    fetch_cifar10(parameters["DATA_ROOT"] or None)
     if recipe.weights == "imagenet":
-        backbone = resolve_backbone(recipe.backbone, typer.echo)
-        weights = fetch_weights(backbone, echo=typer.echo)
+        backbone = resolve_backbone(recipe.backbone)
+        weights = fetch_weights(backbone)
         typer.echo(f"Weights: {backbone}, {weights.name}, from {weights.source}\n")
 
 
 studies = typer.Typer(
     help="Recorded experiments; tries and ablations see the validation split alone.", no_args_is_help=True
 )
+
+
 app.add_typer(studies, name="study")
+
+
 Table = Annotated[Path, typer.Option("--out", help="The CSV file to go on with.")]
 
 
@@ -208,10 +212,10 @@ def try_(
 ) -> None:
     """Train a recipe, score it on validation alone, and add a row to the search log."""
     from cifar_ft.data import load_cifar10
-    from cifar_ft.studies import log_try
+    from tools.study import log_try
 
     get_recipe(recipe, list(overrides))  # a mistake is told before the data is loaded
-    row = log_try(recipe, list(overrides), load_cifar10(echo=typer.echo), out, note, typer.echo)
+    row = log_try(recipe, list(overrides), load_cifar10(), out, note)
     typer.echo(f"validation {row['val_accuracy']:.2%} in {row['minutes']:.1f} min; added to {out}")
 
 
@@ -222,9 +226,9 @@ def ablations(
 ) -> None:
     """Train every variant with every seed that the table does not have yet."""
     from cifar_ft.data import load_cifar10
-    from cifar_ft.studies import run_ablations
+    from tools.study import run_ablations
 
-    run_ablations(load_cifar10(echo=typer.echo), out, seeds, echo=typer.echo)
+    run_ablations(load_cifar10(), out, seeds)
 
 
 @studies.command()
@@ -239,7 +243,8 @@ def redrawn(
 ) -> None:
     """Train the published recipe and its variants on ResNet-50 cut behind stage 3 (--set last_stage=none: whole)."""
     from cifar_ft.data import load_cifar10
-    from cifar_ft.studies import REDRAWN, redraw
+    from cifar_ft.results import REDRAWN
+    from tools.study import redraw
 
     for name in names:
         if name not in REDRAWN:
@@ -247,26 +252,26 @@ def redrawn(
     if weights != "imagenet" and not Path(weights).is_file():
         raise typer.BadParameter(f"there is no file {weights!r}; give a file of weights, or imagenet")
     get_recipe("reference_b32", list(overrides))  # a mistake is told before the data is loaded
-    data = load_cifar10(echo=typer.echo)
+    data = load_cifar10()
     for name in names or REDRAWN:
-        redraw(name, data, weights, out / name, epochs, settings=" ".join(overrides), echo=typer.echo)
+        redraw(name, data, weights, out / name, epochs, settings=" ".join(overrides))
 
 
 @studies.command()
 def shipped(out: Annotated[Path, typer.Option(help="JSON file.")] = Path("results/shipped.json")) -> None:
     """Score the shipped model on the test set, clean and corrupted, and compare with its recorded accuracy."""
     from cifar_ft.data import load_cifar10
-    from cifar_ft.recording import appraise_shipped
-    from cifar_ft.speed import keep_memory
+    from cifar_ft.training import keep_memory
+    from tools.record import appraise_shipped
 
     keep_memory()
-    appraise_shipped(out, load_cifar10(echo=typer.echo).test, typer.echo)
+    appraise_shipped(out, load_cifar10().test)
 
 
 @app.command()
 def report() -> None:
     """Rewrite the result tables of the README and the pictures in images/ from results/."""
-    from cifar_ft.report import write_report
+    from tools.report import write_report
 
     for path in write_report():
         typer.echo(f"wrote {path}")
@@ -275,7 +280,7 @@ def report() -> None:
 @app.command()
 def badges() -> None:
     """Rewrite badges and set-up cells from the address in pyproject.toml."""
-    from cifar_ft.badges import rewrite_badges
+    from tools.badges import rewrite_badges
 
     for path in rewrite_badges():
         typer.echo(f"wrote {path}")

@@ -383,3 +383,97 @@ def run_comparison(frame: pd.DataFrame) -> Figure:
     ax.margins(x=0.15)
     ax.grid(False, axis="y")
     return fig
+
+
+def ablation_chart(summary: pd.DataFrame) -> Figure:
+    """Validation accuracy of every variant, mean and standard deviation over seeds, in blocks of a question each.
+
+    Parameters
+    ----------
+    summary : `studies.summarize`.
+    """
+    rows = [*summary.to_dict("records")]
+    places, ticks, y, last = [], [], 0.0, None
+    for row in rows:
+        y += 1 if row["question"] == last else 1.9
+        last = row["question"]
+        places.append(y)
+    fig, ax = new_figure((9.0, 1.0 + 0.27 * places[-1]))
+    for y, row in zip(places, rows, strict=True):
+        base = row["changes"] == ""
+        color = PALETTE[0] if row["distinguishable"] or base else GREY
+        look = {"marker": "s" if base else "o", "markerfacecolor": color if row["distinguishable"] or base else "white"}
+        ax.errorbar(100 * row["mean"], y, xerr=100 * row["std"], color=color, capsize=3, markersize=7, **look)
+        ax.annotate(f"{100 * row['mean']:.1f}", (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=10)
+        ticks.append(row["variant"])
+    for y, row, before in zip(places, rows, [None, *rows], strict=False):
+        if before is None or before["question"] != row["question"]:
+            ax.annotate(
+                row["question"], (0, y - 0.9), xycoords=("axes fraction", "data"), va="center", fontsize=10, color=GREY,
+                xytext=(4, 0), textcoords="offset points", style="italic",
+            )  # fmt: skip
+    ax.set_yticks(places, ticks, fontsize=10)
+    ax.set(ylim=(places[-1] + 0.8, places[0] - 1.5), xlabel="validation accuracy (%), mean and deviation over seeds")
+    ax.grid(visible=False, axis="y")
+    return fig
+
+
+def corruption_chart(frame: pd.DataFrame, clean: float) -> Figure:
+    """Accuracy under each corruption against its level, one panel each, with the clean accuracy as a dashed line.
+
+    Parameters
+    ----------
+    frame : `robustness.corrupted_accuracy`.
+    clean : accuracy without corruption, a fraction.
+    """
+    kinds = list(dict.fromkeys(frame.corruption))
+    fig, axes = new_figure((10.0, 2.9), 1, len(kinds), sharey=True)
+    for ax, name in zip(axes, kinds, strict=True):
+        part = frame[frame.corruption == name]
+        ax.axhline(100 * clean, color=GREY, linestyle="--", linewidth=1.2)
+        ax.plot(range(len(part)), 100 * part.accuracy, color=PALETTE[0], marker="o")
+        ax.fill_between(range(len(part)), 100 * part.low, 100 * part.high, color=PALETTE[0], alpha=0.2)
+        ax.set_xticks(range(len(part)), [f"{level:g}" for level in part.level], fontsize=9)
+        ax.set(title=name, xlabel=part.unit.iloc[0], ylim=(0, 102))
+        ax.xaxis.label.set_size(9)
+    axes[0].set(ylabel="test accuracy (%)")
+    return fig
+
+
+def coverage_chart(frame: pd.DataFrame) -> Figure:
+    """Accuracy on the images answered against the share answered, the surest first (`metrics.selective_accuracy`)."""
+    fig, ax = new_figure((6.4, 3.8))
+    rows = frame[frame.coverage >= 0.2]
+    ax.plot(100 * rows.coverage, 100 * rows.accuracy, color=PALETTE[0])
+    for share in (0.8, 0.9, 1):
+        row = frame.loc[(frame.coverage - share).abs().idxmin()]
+        ax.plot(100 * row.coverage, 100 * row.accuracy, "o", color=PALETTE[0])
+        text, place = f"{100 * row.accuracy:.1f} % of {row.coverage:.0%}", (100 * row.coverage, 100 * row.accuracy)
+        ax.annotate(text, place, xytext=(-8, -14), textcoords="offset points", ha="right")
+    ax.margins(y=0.15)
+    ax.set(xlabel="images answered (%), the surest first", ylabel="accuracy on them (%)")
+    return fig
+
+
+def redrawn_chart(runs: Mapping[str, pd.DataFrame], published: pd.DataFrame) -> Figure:
+    """Test accuracy and test loss by epoch of runs that were scored each epoch, beside the published log.
+
+    Parameters
+    ----------
+    runs : label -> history with the columns epoch, test_accuracy (fraction) and test_loss (nats).
+    published : `results.published_log`, drawn in grey as far as the longest run goes.
+    """
+    fig, axes = new_figure((10.0, 4.6), 1, 2)
+    longest, colors = max(frame.epoch.max() for frame in runs.values()), (*PALETTE[:4], "black")  # grey is published
+    start = published[published.epoch <= longest]
+    for ax, column, factor in zip(axes, ("test_accuracy", "test_loss"), (100, 1), strict=True):
+        label = "published log (whole ResNet-50)"
+        ax.plot(start.epoch, factor * start[column], color=GREY, linestyle=":", marker="x", label=label)
+        for place, (label, frame) in enumerate(runs.items()):
+            style = {"color": colors[place % len(colors)], "marker": MARKERS[place % len(MARKERS)]}
+            ax.plot(frame.epoch, factor * frame[column], markevery=-(-len(frame) // 12), label=label, **style)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].set(xlabel="epoch", ylabel="test accuracy (%)")
+    axes[1].set(xlabel="epoch", ylabel="test loss (nats)", ylim=(0, None))
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=2)
+    return fig

@@ -33,6 +33,8 @@ CHOICES = {
     "select": ("best", "last"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
 }
+
+
 # Lowest and highest allowed value; a bound that is excluded is written as the next representable idea of it.
 RANGES = {
     "image_size": (16, 512), "crop_padding": (0, 16), "cutout": (0, 32), "head_fit_images": (0, 50_000),
@@ -150,16 +152,20 @@ _reference = Recipe(
     normalization="cifar10_published", validation=False, track_test=True, epochs=60, batch_size=32,
     lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="constant", precision="fp32",
 )  # fmt: skip
+
+
 _modern = Recipe(
     "modern", backbone="resnet50", image_size=128, epochs=10, batch_size=128, lr=0.02, head_lr_factor=10,
     nesterov=True, schedule="one_cycle", label_smoothing=0.1, ema_decay=0.999,
 )  # fmt: skip
+
 
 # AdamW suits EfficientNet-Lite0: at the same number of steps SGD stays far behind.
 _light = Recipe(
     "quick", freeze="early", image_size=112, epochs=2, train_sizes=(80, 112), batch_size=64, optimizer="adamw",
     lr=0.001, weight_decay=0.05, schedule="one_cycle", label_smoothing=0.05, ema_decay=0.995,
 )  # fmt: skip
+
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe

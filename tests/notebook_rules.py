@@ -12,8 +12,10 @@ from pathlib import Path
 import nbformat
 from nbstripout import strip_output
 
-from cifar_ft import badges, course
-from cifar_ft.execution import EXTRA_KEYS, WIDGET_VIEW
+from cifar_ft import course
+from cifar_ft.course import WIDGET_VIEW
+from tools.badges import notebook_badges, read_address, setup_cell
+from tools.publish import EXTRA_KEYS
 
 MAX_BYTES = 1_000_000
 MACHINE_PATH = re.compile(r"(?<![\w.~-])(?:/(?:root|home|Users|work|tmp|private|var/folders)/\w|[A-Z]:\\\w)[\w./\\-]*")
@@ -91,7 +93,7 @@ def opening_and_closing(notebook, path: Path) -> list[str]:
     problems = []
     if not first.startswith("# "):
         problems.append("the first cell must be Markdown that starts with '# ' and the title")
-    if badges.notebook_badges(badges.read_address(), path.name) not in first.split("\n"):
+    if notebook_badges(read_address(), path.name) not in first.split("\n"):
         problems.append("the first cell lacks its badge line; run `make badges`")
     if not any("You will" in c.source for c in notebook.cells[:3] if c.cell_type == "markdown"):
         problems.append("none of the first three cells says what 'You will' learn")
@@ -110,7 +112,7 @@ def parameters_and_setup(notebook, path: Path) -> list[str]:
     except course.CourseError as error:
         problems.append(str(error))
     setup = tagged(notebook, "setup")
-    if [cell.source for cell in setup] != [badges.setup_cell(badges.read_address())]:
+    if [cell.source for cell in setup] != [setup_cell(read_address())]:
         problems.append("needs exactly one cell tagged 'setup' with the generated source; run `make badges`")
     return problems
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cifar_ft import badges
+from tools.badges import read_address
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_make = pytest.mark.skipif(os.name == "nt" or not shutil.which("make"), reason="make is not installed")
@@ -69,7 +69,7 @@ def test_the_citation_names_the_address_and_version():
     from cifar_ft import __version__
 
     text = (ROOT / "CITATION.cff").read_text("utf-8")
-    assert f"repository-code: {badges.read_address().repository}\n" in text
+    assert f"repository-code: {read_address().repository}\n" in text
     assert f"\nversion: {__version__}\n" in text
 
 

@@ -1,0 +1,37 @@
+"""Chapter 01: CIFAR-10 as uint8 tensors in memory, its splits and loader, and where its bytes come from."""
+
+from cifar_ft.data.cifar10 import (
+    CLASSES,
+    Cifar10,
+    DataError,
+    Split,
+    load_cifar10,
+    load_samples,
+    pixel_statistics,
+    split_indices,
+    to_device,
+)
+from cifar_ft.data.downloads import SourceError, download, hub_url, npm_pack
+from cifar_ft.data.loader import EpochBatches, epoch_seed, make_loader
+from cifar_ft.data.sources import RawCifar10, fetch_cifar10
+
+__all__ = [
+    "CLASSES",
+    "Cifar10",
+    "DataError",
+    "EpochBatches",
+    "RawCifar10",
+    "SourceError",
+    "Split",
+    "download",
+    "epoch_seed",
+    "fetch_cifar10",
+    "hub_url",
+    "load_cifar10",
+    "load_samples",
+    "make_loader",
+    "npm_pack",
+    "pixel_statistics",
+    "split_indices",
+    "to_device",
+]

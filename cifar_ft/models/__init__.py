@@ -1,0 +1,43 @@
+"""Chapter 03: backbones and their ImageNet weights, a new stem, a new head, frozen parts; and the logits of a split."""
+
+from cifar_ft.models.backbones import LoadReport, SurgeryError, create_backbone, head, is_resnet, load_state, stages
+from cifar_ft.models.evaluation import evaluating, predict_logits
+from cifar_ft.models.freezing import freeze, is_frozen_batchnorm, refresh_batchnorm
+from cifar_ft.models.surgery import (
+    build_model,
+    compare,
+    cut,
+    features,
+    replace_head,
+    replace_stem,
+    resample_kernel,
+    summarize,
+)
+from cifar_ft.models.weights import Weights, fetch_weights, read_weights_file, resolve_backbone
+
+__all__ = [
+    "LoadReport",
+    "SurgeryError",
+    "Weights",
+    "build_model",
+    "compare",
+    "create_backbone",
+    "cut",
+    "evaluating",
+    "features",
+    "fetch_weights",
+    "freeze",
+    "head",
+    "is_frozen_batchnorm",
+    "is_resnet",
+    "load_state",
+    "predict_logits",
+    "read_weights_file",
+    "refresh_batchnorm",
+    "replace_head",
+    "replace_stem",
+    "resample_kernel",
+    "resolve_backbone",
+    "stages",
+    "summarize",
+]

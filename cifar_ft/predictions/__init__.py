@@ -1,0 +1,50 @@
+"""Chapter 06: a trained model on any picture, why it answers as it does, and the model as an ONNX file."""
+
+from cifar_ft.predictions.explanations import ExplanationError, FeatureBank, grad_cam, overlay, sensitivity, variants
+from cifar_ft.predictions.folders import PARTIAL, count_files, is_device, predict_paths, write_csv
+from cifar_ft.predictions.images import (
+    FORMATS,
+    SUFFIXES,
+    ImageError,
+    Picture,
+    checked_fit,
+    read_image,
+    read_picture,
+    square,
+    squared,
+)
+from cifar_ft.predictions.onnx import ExportError, check_onnx, export_checked, export_onnx, latency
+from cifar_ft.predictions.predictor import SHIPPED, Prediction, PredictionError, Predictor, not_finite
+
+__all__ = [
+    "ExplanationError",
+    "ExportError",
+    "FORMATS",
+    "FeatureBank",
+    "ImageError",
+    "PARTIAL",
+    "Picture",
+    "Prediction",
+    "PredictionError",
+    "Predictor",
+    "SHIPPED",
+    "SUFFIXES",
+    "check_onnx",
+    "checked_fit",
+    "count_files",
+    "export_checked",
+    "export_onnx",
+    "grad_cam",
+    "is_device",
+    "latency",
+    "not_finite",
+    "overlay",
+    "predict_paths",
+    "read_image",
+    "read_picture",
+    "sensitivity",
+    "square",
+    "squared",
+    "variants",
+    "write_csv",
+]

@@ -1,0 +1,322 @@
+"""Predictions (notebook 06): a trained model, from a run directory or as shipped, on any picture.
+
+Whatever a picture comes as, it is read, cut square, made 32 pixels wide and predicted, without any network.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from cifar_ft import CifarFtError, log
+from cifar_ft.data import CLASSES, Split
+from cifar_ft.files import ASSETS, one_line, show_path
+from cifar_ft.models import build_model, predict_logits
+from cifar_ft.predictions.images import (
+    SIZE,
+    ImageError,
+    Picture,
+    checked_fit,
+    find_pictures,
+    read_image,
+    squared,
+)
+from cifar_ft.recipes import Recipe
+from cifar_ft.results import accuracy_text, energy, load_run, newest_run, runs_root
+from cifar_ft.transforms import eval_transform
+
+BATCH = 32  # pictures in memory at a time
+SHIPPED = ASSETS / "model.safetensors"
+TRAIN = "train one with `python -m cifar_ft train --recipe quick`"
+
+
+class PredictionError(CifarFtError, RuntimeError):
+    """A model that cannot be had, or an answer that cannot be given or stored."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one picture.
+
+    Attributes
+    ----------
+    label : str
+        The most probable class.
+    index : int
+        Its number, 0 to 9.
+    probability : float
+    probabilities : dict of str to float
+        All classes in class order; with `top_k`, only the most probable ones, best first.
+    unknown : bool or None
+        Whether the picture is unlike anything in CIFAR-10; None where the model was not calibrated. By its threshold
+        a known share of CIFAR-10's own pictures is taken for unlike too (`Predictor.calibration["false_alarms"]`).
+    notes : tuple of str
+        What was done to the picture before, such as "the first of several frames" or "the middle 300 x 300 of 480 x 300
+        pixels"; empty for a square picture that was read as it is.
+    """
+
+    label: str
+    index: int
+    probability: float
+    probabilities: dict[str, float]
+    unknown: bool | None = None
+    notes: tuple[str, ...] = ()
+
+    def top(self, k: int = 5) -> list[tuple[str, float]]:
+        """The `k` most probable classes with their probabilities, best first."""
+        return sorted(self.probabilities.items(), key=lambda item: -item[1])[: _checked_k(k)]
+
+    def __str__(self) -> str:
+        return f"{self.label} ({100 * self.probability:.1f} %)"
+
+
+class Predictor:
+    """A trained model that predicts pictures.
+
+    Attributes
+    ----------
+    model : nn.Module
+        Maps float32 [B, 3, S, S] to logits [B, 10].
+    recipe : Recipe
+    source : str
+        Which model this is, in one phrase.
+    calibration : dict or None
+        What validation says about its answers (`metrics.fit_calibration`): the temperature that makes its
+        probabilities honest, and the energy below which a picture is unlike anything trained on.
+
+    Examples
+    --------
+    >>> predictor = Predictor.newest_or_shipped()  # doctest: +SKIP
+    >>> print(predictor.predict("truck.jpg")[0])  # doctest: +SKIP
+    truck (99.1 %)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        source: str,
+        precision: str = "fp32",
+        calibration: dict[str, float] | None = None,
+    ):
+        self.model, self.recipe, self.source, self.precision = model.eval(), recipe, source, precision
+        self.calibration = _checked_calibration(calibration, source)
+
+    def __repr__(self) -> str:
+        return f"Predictor({self.source})"
+
+    @classmethod
+    def from_run(cls, path: str | os.PathLike | None = None, precision: str = "fp32") -> Predictor:
+        """The model of a finished run; without a path, of the newest one.
+
+        Raises
+        ------
+        RunError, PredictionError
+            When there is no such run, or it is unfinished or damaged.
+        """
+        path = path or newest_run()
+        if path is None:
+            raise PredictionError(f"there is no finished run in {show_path(runs_root())}; {TRAIN}")
+        run = load_run(Path(os.path.expanduser(path)))
+        n = len(run.labels)
+        source = f"the run {show_path(run.path)} ({accuracy_text(run.correct, n)} on {n:,} test images)"
+        advice = "restore it or train this run again"
+        with _described(run.path / "config.json", advice):
+            recipe, backbone = run.recipe, run.config["weights"]["backbone"]
+        state, _ = _read_weights(run.path / "model.safetensors", advice)
+        return cls(_rebuild(recipe, backbone, state, source), recipe, source, precision, run.metrics.get("calibration"))
+
+    @classmethod
+    def shipped(cls, precision: str = "fp32") -> Predictor:
+        """The fine-tuned model that comes with the package (see `export_shipped`)."""
+        advice = "install the package again"
+        if not SHIPPED.is_file():
+            raise PredictionError(f"this copy of the package has no shipped model; {TRAIN}")
+        state, metadata = _read_weights(SHIPPED, advice)
+        with _described(SHIPPED, advice):
+            recipe, backbone = Recipe.from_dict(json.loads(metadata["recipe"])), metadata["backbone"]
+            metrics, calibration = json.loads(metadata["metrics"]), json.loads(metadata.get("calibration", "null"))
+            n, accuracy = metrics["test_images"], metrics["test_accuracy"]
+            score = f"{accuracy_text(round(accuracy * n), n)} on {n:,} test images"
+        source = f"the shipped model (recipe {recipe.name}, {backbone}, {score})"
+        return cls(_rebuild(recipe, backbone, state, source), recipe, source, precision, calibration)
+
+    @classmethod
+    def newest_or_shipped(cls, run_dir: str | os.PathLike = "") -> Predictor:
+        """The model of `run_dir` ("shipped": as shipped), else of the newest finished run, else as shipped.
+
+        The log says which.
+        """
+        run_dir = None if str(run_dir) == "shipped" else run_dir or newest_run()
+        predictor = cls.from_run(run_dir) if run_dir else cls.shipped()
+        log.info(f"Predicting with {predictor.source}")
+        return predictor
+
+    def predict(self, images, top_k: int | None = None, *, fit: str = "crop") -> list[Prediction]:
+        """Predict one picture or many.
+
+        Parameters
+        ----------
+        images : picture, folder, batch, Split, or iterable of pictures
+            A picture is anything that `read_image` reads; a folder stands for the pictures in it and below, sorted; a
+            batch is a Tensor [N, 3, H, W] or an array [N, H, W, 3]. An iterable is read 32 pictures at a time.
+        top_k : int, optional
+            Keep only the probabilities of the `top_k` best classes.
+        fit : {"crop", "pad"}
+            How a picture becomes square, see `square`.
+
+        Returns
+        -------
+        list of Prediction
+            One for each picture, in order; for a single picture, a list of one.
+
+        Raises
+        ------
+        ImageError
+            For the first picture that cannot be read, with its position; `predict_paths` goes on instead.
+        """
+        k = None if top_k is None else _checked_k(top_k)
+        notes = []
+        logits = self._logits(images, fit, notes)
+        rows = zip(self._probabilities(logits).tolist(), self._unknown(logits), notes, strict=True)
+        return [_prediction(row, k, unknown, note) for row, unknown, note in rows]
+
+    def predict_proba(self, images, *, fit: str = "crop") -> np.ndarray:
+        """Calibrated probabilities, float32 [N, 10] in class order, for what `predict` accepts."""
+        return self._probabilities(self._logits(images, fit, [])).numpy()
+
+    def _logits(self, images, fit: str, notes: list[tuple[str, ...]]) -> Tensor:
+        """Logits [N, 10] of what `predict` accepts; what was done to each picture is appended to `notes`."""
+        checked_fit(fit)
+        images = images.images if isinstance(images, Split) else images
+        if isinstance(images, Tensor) and images.dtype == torch.uint8 and images.shape[1:] == (3, SIZE, SIZE):
+            notes += [()] * len(images)  # nothing to read or to cut: as fast as evaluation
+            return self._batch_logits(images) if len(images) else torch.zeros(0, len(CLASSES))
+        parts = []
+        for batch in chunks(_squares(images, fit)):
+            notes += [picture.notes for picture in batch]
+            parts.append(self._batch_logits(torch.stack([picture.image for picture in batch])))
+        return torch.cat(parts) if parts else torch.zeros(0, len(CLASSES))
+
+    def _batch_logits(self, images: Tensor) -> Tensor:
+        split = SimpleNamespace(images=images)
+        options = {"batch_size": BATCH, "precision": self.precision}
+        logits = predict_logits(self.model, split, eval_transform(self.recipe), **options)
+        if not logits.isfinite().all():
+            raise PredictionError(f"{self.source} gives values that are not finite; use another run")
+        return logits
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        return (logits / (self.calibration or {}).get("temperature", 1.0)).softmax(dim=1)
+
+    def _unknown(self, logits: Tensor) -> list[bool | None]:
+        if not self.calibration:
+            return [None] * len(logits)
+        return (energy(logits) < self.calibration["lowest_energy"]).tolist()
+
+
+def _checked_calibration(calibration: dict | None, source: str) -> dict | None:
+    names = ("temperature", "lowest_energy", "false_alarms")
+    values = [] if calibration is None else [calibration.get(name) for name in names]
+    good = all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+    if not good or (values and values[0] <= 0):
+        raise PredictionError(f"the calibration of {source} is damaged ({calibration}); {TRAIN}")
+    return calibration
+
+
+def _prediction(row: list[float], k: int | None, unknown: bool | None, notes: tuple[str, ...]) -> Prediction:
+    order = sorted(range(len(row)), key=lambda i: -row[i])
+    kept = range(len(row)) if k is None else order[:k]
+    probabilities = {CLASSES[i]: row[i] for i in kept}
+    return Prediction(CLASSES[order[0]], order[0], row[order[0]], probabilities, unknown, notes)
+
+
+def _checked_k(k: int) -> int:
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= len(CLASSES):
+        raise PredictionError(f"{k!r} best classes cannot be given; choose 1 to {len(CLASSES)}")
+    return int(k)
+
+
+def _squares(images, fit: str) -> Iterator[Picture]:
+    """Each picture as uint8 [3, 32, 32], with all that was done to it."""
+    if isinstance(images, (str, os.PathLike)) and os.path.isdir(os.path.expanduser(images)):
+        for path, problem in find_pictures(images):
+            if problem:
+                raise ImageError(f"{show_path(path)}: {problem}")
+            yield squared(path, fit)
+        return
+    kinds = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, dict)
+    if isinstance(images, kinds) or hasattr(images, "read") or getattr(images, "ndim", 1) not in (1, 4):
+        yield squared(images, fit)
+        return
+    if not isinstance(images, Iterable):
+        read_image(images)  # says what can be read
+    for position, image in enumerate(images):
+        try:
+            yield squared(image, fit)
+        except ImageError as error:
+            raise ImageError(f"image {position} of the batch (counted from 0): {error}") from error
+
+
+def chunks(items: Iterable, size: int = BATCH) -> Iterator[list]:
+    items = iter(items)
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
+
+
+@contextmanager
+def _described(file: Path, advice: str) -> Iterator[None]:
+    """Turn gaps in a model's own description into one clear error."""
+    try:
+        yield
+    except (CifarFtError, KeyError, ValueError, TypeError, AttributeError) as error:
+        problem = one_line(f"{type(error).__name__}: {error}")
+        message = f"{show_path(file)} does not say which model this is ({problem}); {advice}"
+        raise PredictionError(message) from error
+
+
+def _read_weights(file: Path, advice: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file."""
+    try:
+        with safe_open(file, "pt") as weights:
+            metadata = weights.metadata() or {}
+            state = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise PredictionError(f"{show_path(file)} is missing; {advice}") from None
+    except Exception as error:  # a damaged file can cause any
+        message = f"{show_path(file)} is damaged or incomplete ({one_line(error)}); {advice}"
+        raise PredictionError(message) from error
+    if bad := not_finite(state):
+        raise PredictionError(f"{show_path(file)}: {bad} holds values that are not finite; {advice}")
+    return state, metadata
+
+
+def not_finite(state: dict[str, Tensor]) -> str:
+    """The first tensor with a NaN or an infinity, if any."""
+    floats = ((name, values) for name, values in state.items() if values.is_floating_point())
+    return next((name for name, values in floats if not values.isfinite().all()), "")
+
+
+def _rebuild(recipe: Recipe, backbone: str, state: dict[str, Tensor], source: str) -> nn.Module:
+    """The recipe's model with these weights, on the GPU where there is one."""
+    model = build_model(recipe.replace(weights="none", backbone=backbone))
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        problem = one_line(error)[:200]
+        raise PredictionError(f"the weights of {source} are not those of its recipe: {problem}") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.requires_grad_(False).to(device, memory_format=torch.channels_last)

@@ -1,0 +1,32 @@
+"""Chapter 04: the loop, and what stands around it."""
+
+from cifar_ft.training.checkpoint import RunDirectory, TrainingError
+from cifar_ft.training.convolutions import speed_up
+from cifar_ft.training.distributed import start_processes
+from cifar_ft.training.fit import fit
+from cifar_ft.training.hardware import Plan, choose_plan, hardware, keep_memory, usable_cpus
+from cifar_ft.training.loop import train_epoch
+from cifar_ft.training.optim import lr_factor
+from cifar_ft.training.probe import fit_head
+from cifar_ft.training.records import FIGURES, keep_figures, new_run_dir, peak_memory_mb, stored_recipe
+
+__all__ = [
+    "FIGURES",
+    "Plan",
+    "RunDirectory",
+    "TrainingError",
+    "choose_plan",
+    "fit",
+    "fit_head",
+    "hardware",
+    "keep_figures",
+    "keep_memory",
+    "lr_factor",
+    "new_run_dir",
+    "peak_memory_mb",
+    "speed_up",
+    "start_processes",
+    "stored_recipe",
+    "train_epoch",
+    "usable_cpus",
+]

@@ -1,0 +1,110 @@
+"""Augmentation and normalisation on whole uint8 batches: per-image random crop, flip and cutout, resize, normalise.
+
+The random draws are equal in distribution to torchvision's RandomCrop and RandomHorizontalFlip, one draw per image, but
+a batch is cropped by one gather instead of image by image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cifar_ft.recipes import Recipe
+from cifar_ft.transforms.normalization import NORMALIZATIONS, _channels, _to_input
+
+
+def random_crop(images: Tensor, offsets: Tensor, padding: int = 4) -> Tensor:
+    """Pad each image with black and cut a window of the original size at its own offset.
+
+    Parameters
+    ----------
+    images : Tensor [B, C, H, W]
+    offsets : int64 Tensor [B, 2]
+        Row and column of the window's corner in the padded image, each 0 to 2 * padding.
+    padding : int
+        Pixels added on every side.
+
+    Returns
+    -------
+    Tensor [B, C, H, W] of the same dtype.
+    """
+    batch, _, height, width = images.shape
+    padded = F.pad(images, (padding,) * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [B, C, rows, columns, H, W]: a view, nothing is copied
+    return windows[torch.arange(batch, device=images.device), :, offsets[:, 0], offsets[:, 1]]
+
+
+def random_flip(images: Tensor, flips: Tensor) -> Tensor:
+    """Mirror the images [B, C, H, W] whose entry of `flips` (bool Tensor [B]) is true."""
+    return torch.where(flips[:, None, None, None], images.flip(3), images)
+
+
+def cut_out(images: Tensor, centres: Tensor, side: int, normalization: str = "imagenet") -> Tensor:
+    """Cover a square of each uint8 image with the mean colour (DeVries and Taylor, 2017, arXiv:1708.04552).
+
+    Parameters
+    ----------
+    images : uint8 Tensor [B, 3, H, W]
+    centres : Tensor [B, 2]
+        Row and column of each square's centre, from 0 to 1 of the image; at an edge the square hangs over.
+    side : int
+        Side of the square in pixels.
+    normalization : str
+        Whose mean colour it is: 0 behind `normalize`.
+    """
+    height, width = images.shape[-2:]
+    tops, lefts = ((centres * centres.new_tensor([height, width])).long() - side // 2).T
+    rows = torch.arange(height, device=images.device) - tops[:, None]
+    columns = torch.arange(width, device=images.device) - lefts[:, None]
+    inside = ((rows >= 0) & (rows < side))[:, None, :, None] & ((columns >= 0) & (columns < side))[:, None, None, :]
+    colour = (255 * _channels(NORMALIZATIONS[normalization][0], images.device)).round().to(images.dtype)
+    return torch.where(inside, colour, images)
+
+
+def draw(n: int, padding: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw the augmentation of `n` images.
+
+    Returns
+    -------
+    tuple
+        Offsets of the crop, int64 [n, 2], uniform over 0 to 2 * padding; flips, bool [n]; centres of the squares that
+        `cut_out` covers, float [n, 2], uniform over 0 to 1.
+    """
+    offsets = torch.randint(0, 2 * padding + 1, (n, 2), generator=generator)
+    return offsets, torch.rand(n, generator=generator) < 0.5, torch.rand(n, 2, generator=generator)
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Crop, flip, cut out, resize, normalise. Draws on the CPU, so that every device augments alike."""
+
+    padding: int
+    flip: bool
+    normalization: str
+    size: int
+    cutout: int = 0
+
+    def __call__(
+        self,
+        images: Tensor,
+        generator: torch.Generator | None = None,
+        size: int | None = None,
+        draws: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """uint8 [B, 3, H, W] to float32 [B, 3, S, S], augmented by `draws` or else by fresh ones from `generator`."""
+        offsets, flips, centres = draws or draw(len(images), self.padding, generator)
+        if self.padding:
+            images = random_crop(images, offsets.to(images.device), self.padding)
+        if self.flip:
+            images = random_flip(images, flips.to(images.device))
+        if self.cutout:
+            images = cut_out(images, centres.to(images.device), self.cutout, self.normalization)
+        return _to_input(images, size or self.size, self.normalization)
+
+
+def train_transform(recipe: Recipe) -> TrainTransform:
+    """The recipe's training transform, on whole batches."""
+    return TrainTransform(recipe.crop_padding, recipe.flip, recipe.normalization, recipe.image_size, recipe.cutout)

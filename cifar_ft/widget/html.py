@@ -1,0 +1,142 @@
+"""The prediction widget's HTML: pictures, answers and errors, in the language chosen; no widget and no state here.
+
+Every function reads a `choices.PredictionModel` and changes nothing.
+"""
+
+from __future__ import annotations
+
+from html import escape
+
+from cifar_ft.data import CLASSES
+from cifar_ft.predictions import Prediction
+from cifar_ft.widget.gallery import WIDTH, figure, place, reduced
+from cifar_ft.widget.state import PredictionModel
+from cifar_ft.widget.texts import LABELS, percent, text, translated
+
+BAR = "display:inline-block;height:0.8em;vertical-align:middle;margin-left:8px;background:#0173b2"
+TIGHT = "line-height:1.5"  # notebooks space the lines of widgets for controls, not for text
+WIDE = f'style="text-align:left;min-width:{WIDTH + 12}px"'
+LEFT, RIGHT = 'style="text-align:left"', 'style="text-align:right"'
+
+
+def picture_html(state: PredictionModel) -> str:
+    """The picture as given and as the network sees it; empty without one."""
+    chosen = state.chosen
+    if chosen is None or chosen.problem:
+        return ""
+    given = state.say("given_size", width=chosen.size[0], height=chosen.size[1])
+    seen = state.say("as_seen" if chosen.size[0] == chosen.size[1] else f"seen_{state.fit}")
+    parts = f"<div>{escape(state.name)}</div>"
+    parts += figure(chosen.shown, f"{state.name}, {state.say('as_given')}", given)
+    parts += figure(reduced(chosen.squares[state.fit]), f"{state.name}, {state.say('as_seen')}", seen)
+    if chosen.notes:
+        notes = "; ".join(_foreign(state.lang, note) for note in chosen.notes)
+        parts += f"<p>{state.say('notes', notes=notes)}</p>"
+    return f'<div lang="{state.lang}" style="{TIGHT}">{parts}</div>'
+
+
+def result_html(state: PredictionModel) -> str:
+    """The answer, or what went wrong, or nothing yet."""
+    parts = ""
+    if problem := state.error or (state.chosen.problem if state.chosen else ""):
+        parts = alert_html(state.lang, problem, f"{state.name}{state.say('colon')}" if state.name else "")
+    elif state.prediction:
+        parts = _answer_html(state) + _heat_html(state)
+    if len(state.choices) > 1 and any(choice.answers for choice in state.choices):
+        parts += _summary_html(state)
+    return f'<div lang="{state.lang}" style="{TIGHT}">{parts}</div>' if parts else ""
+
+
+def alert_html(lang: str, problem: str, about: str = "") -> str:
+    """An error that came in English, as screen readers announce it at once."""
+    message = escape(about) + _foreign(lang, problem)
+    return f'<div lang="{lang}" role="alert"><strong>{text(lang, "error")}</strong> {message}</div>'
+
+
+def _answer_html(state: PredictionModel) -> str:
+    """A sentence and a table of all classes for each model."""
+    said = "".join(f"<p>{_sentence(state, i)}</p>" for i in range(len(state.models)))
+    if len(state.models) > 1:
+        labels = {answer.index for answer in state.chosen.answers}
+        said += f"<p>{state.say('agree' if len(labels) == 1 else 'disagree')}</p>"
+    tables = "".join(_table(state, i) for i in range(len(state.models)))
+    return f'<div role="status">{said}</div><div style="display:flex;flex-wrap:wrap;gap:8px 32px">{tables}</div>'
+
+
+def _sentence(state: PredictionModel, i: int) -> str:
+    """What a model said about the picture shown, and whether that is right."""
+    answer = state.chosen.answers[i]
+    label, sure = f"<strong>{_label(state.lang, answer)}</strong>", percent(state.lang, answer.probability)
+    said = state.say("predicted", name=escape(state.name), label=label, percent=sure)
+    if len(state.models) > 1:
+        said = f"{state.say('model_number', number=i + 1)}, {said}"
+    if state.true_label is not None:
+        verdict = state.say("correct" if answer.label == state.true_label else "wrong")
+        true = LABELS[state.lang][CLASSES.index(state.true_label)]
+        said += state.say("true_label", label=true, verdict=verdict)
+    if answer.unknown:
+        said += f".<br><strong>{state.say('unknown')}</strong> {state.say('unknown_why')}"
+        if calibration := getattr(state.models[i], "calibration", None):
+            said += " " + state.say("false_alarms", percent=percent(state.lang, calibration["false_alarms"], digits=0))
+    return said
+
+
+def _table(state: PredictionModel, i: int) -> str:
+    """All classes, best first; bars only repeat the numbers, so screen readers skip them."""
+    rows = ""
+    for label, probability in state.chosen.answers[i].top(len(CLASSES)):
+        name = LABELS[state.lang][CLASSES.index(label)]
+        name = state.say("is_true", label=name) if label == state.true_label else name
+        bar = f'<span aria-hidden="true" style="{BAR};width:{WIDTH * probability:.0f}px"></span>'
+        cells = f"<td {RIGHT}>{percent(state.lang, probability)}</td><td {WIDE}>{bar}</td>"
+        rows += f'<tr><th scope="row" {LEFT}>{name}</th>{cells}</tr>'
+    source = escape(state.models[i].source)
+    source = source if state.lang == "en" else f'<span lang="en">{source}</span>'
+    caption = f"<caption {LEFT}>{state.say('model', source=source)}</caption>"
+    columns = f'<th scope="col" {LEFT}>{state.say("class")}</th><th scope="col">{state.say("probability")}</th>'
+    return f"<table>{caption}<thead><tr>{columns}<td></td></tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _heat_html(state: PredictionModel) -> str:
+    """The heat map of each model, or why there is none."""
+    if not state.heat_map:
+        return ""
+    if state.heat_error:
+        return alert_html(state.lang, state.heat_error, state.say("heat_map") + state.say("colon"))
+    parts = ""
+    for answer, (heat, picture) in zip(state.chosen.answers, state.chosen.heats, strict=True):
+        label = _label(state.lang, answer)
+        alt = state.say("heat_alt", name=state.name, label=label, where=place(heat, state.lang))
+        parts += figure(picture, alt, state.say("heat_caption", label=label))
+    return f"<div>{parts}</div>"
+
+
+def _summary_html(state: PredictionModel) -> str:
+    """A row for each file of an upload."""
+    columns = [state.say("picture"), state.say("answer")]
+    if len(state.models) > 1:
+        columns[1:] = [state.say("model_number", number=i + 1) for i in range(len(state.models))]
+    head = "".join(f'<th scope="col" {LEFT}>{column}</th>' for column in columns)
+    rows = ""
+    for choice in state.choices:
+        cells = "".join(f"<td {LEFT}>{_short(state, answer)}</td>" for answer in choice.answers)
+        if choice.problem:
+            cells = f'<td colspan="{len(state.models)}" {LEFT}>{_foreign(state.lang, choice.problem)}</td>'
+        rows += f'<tr><th scope="row" {LEFT}>{escape(choice.name)}</th>{cells}</tr>'
+    caption = f"<caption {LEFT}>{state.say('summary')}</caption>"
+    return f"<table style='margin-top:16px'>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _short(state: PredictionModel, answer: Prediction) -> str:
+    unknown = f" ({state.say('unknown').rstrip('.')})" if answer.unknown else ""
+    return f"{_label(state.lang, answer)}, {percent(state.lang, answer.probability)}{unknown}"
+
+
+def _label(lang: str, answer: Prediction) -> str:
+    return LABELS[lang][answer.index]
+
+
+def _foreign(lang: str, message: str) -> str:
+    """A message that came in English, as HTML: in `lang`, or marked as English."""
+    said, spoken = translated(lang, message)
+    return escape(said) if spoken == lang else f'<span lang="en">{escape(said)}</span>'

@@ -1,0 +1,167 @@
+"""Several processes, really started: one result, each image once, one folder, resumable."""
+
+import itertools
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from tiny_runs import recipe
+from torch import nn
+
+from cifar_ft import models, training
+from cifar_ft.data import EpochBatches
+from cifar_ft.results import load_run
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+TRAIN = ["-m", "cifar_ft", "train", "--recipe", "smoke"]
+FROZEN = {
+    "backbone": "resnet18", "weights": "none", "last_stage": 1, "freeze_batchnorm": True, "epochs": 2, "batch_size": 60,
+    "train_images": 242, "val_images": 101, "test_images": 997, "lr": 0.05, "ema_decay": 0.9, "label_smoothing": 0.1,
+}  # fmt: skip
+
+
+def command(number, out, settings, *more):
+    start = [*LAUNCH, str(number)] if number > 1 else [sys.executable]
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    return [*start, *TRAIN, *words, "--out", str(out), *more]
+
+
+def train(number, out, settings, *more):
+    done = subprocess.run(command(number, out, settings, *more), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_run(out), done.stdout
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """The run of one process."""
+    return train(1, tmp_path_factory.mktemp("single") / "run", FROZEN)[0]
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 3])
+def test_several_processes_with_frozen_batchnorm_train_as_one(single, tmp_path, number):
+    # The last batch has two images, fewer than three processes; 101 and 997 images do not divide either.
+    run, output = train(number, tmp_path / "run", FROZEN)
+    assert len(run.labels) == 997
+    assert output.count("Epoch 1/2") == output.count("Model: ") == output.count("CIFAR-10: ") == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / "run"]
+    np.testing.assert_allclose(run.history.train_loss, single.history.train_loss, rtol=1e-4)
+    np.testing.assert_allclose(run.history.train_accuracy, single.history.train_accuracy, atol=2 / 242)
+    np.testing.assert_allclose(run.history.val_accuracy, single.history.val_accuracy, atol=2 / 101)
+    np.testing.assert_allclose(run.logits, single.logits, atol=5e-3)
+    assert np.array_equal(run.labels, single.labels)
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+@pytest.mark.parametrize("how", ["killed", "interrupted"])
+def test_several_processes_are_resumed_as_if_never_stopped(tmp_path, how):
+    settings = {**FROZEN, "freeze_batchnorm": False, "epochs": 40, "checkpoint_steps": 2}
+    whole, _ = train(2, tmp_path / "whole", settings)
+    path = tmp_path / "run"
+    with subprocess.Popen(command(2, path, settings), **quietly()) as group:
+        wait_for(lambda: len(list(path.glob("checkpoint/epoch-00002-*.pt"))) > 0, group)
+        workers = psutil.Process(group.pid).children(recursive=True)
+        assert len(workers) >= 2
+        if how == "killed":
+            for process in (group, *workers):
+                process.kill()
+        else:
+            group.send_signal(signal.SIGINT)
+        group.wait(timeout=90)
+        psutil.wait_procs(workers, timeout=90)
+    assert not (path / "metrics.json").exists()
+    run, output = train(2, path, settings, "--resume")
+    assert "Resuming behind epoch" in output
+    assert np.array_equal(run.logits, whole.logits)
+    np.testing.assert_allclose(run.history.train_loss, whole.history.train_loss, rtol=1e-6)
+    assert list(run.history.train_accuracy) == list(whole.history.train_accuracy)
+
+
+def quietly():
+    return {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("size", [2, 3, 5, 6, 60])
+def test_shares_count_each_image_of_a_batch_once_and_none_is_too_small_for_batchnorm(world, size):
+    samplers = [EpochBatches(size, size, True, rank=rank, world=world) for rank in range(world)]
+    counted = [sampler.share(size)[: sampler.counted(size)].tolist() for sampler in samplers]
+    assert sorted(itertools.chain(*counted)) == list(range(size))
+    for sampler in samplers:
+        share = sampler.share(size).tolist()
+        assert len(share) >= 2
+        assert len(set(share)) == len(share)
+    plain = EpochBatches(size, size, False, rank=world - 1, world=world)
+    assert len(plain.share(size)) == plain.counted(size)  # when scoring, nothing is filled up
+
+
+def test_statistics_are_shared_as_their_mean():
+    mine, other = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    mine.running_mean.fill_(1.0)
+    other.running_mean.fill_(4.0)
+
+    def reduce(values, reduction):
+        assert reduction == "mean"
+        return (values + torch.cat([b.flatten() for b in other.buffers() if b.is_floating_point()])) / 2
+
+    training.share_statistics(SimpleNamespace(num_processes=2, reduce=reduce), mine, None, nn.Linear(2, 2))
+    assert mine.running_mean.tolist() == [2.5] * 3
+    assert mine.running_var.tolist() == [1.0] * 3
+
+
+def test_on_gpus_batchnorm_is_synchronised_unless_it_is_frozen():
+    cuda = SimpleNamespace(num_processes=2, device=torch.device("cuda"))
+    model = models.build_model(recipe(freeze="stem"), lambda _: None)
+    names = set(model.state_dict())
+    synced = training.synchronize_batchnorm(model, cuda)
+    norms = [m for m in synced.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert sum(isinstance(m, nn.SyncBatchNorm) for m in norms) == len(norms) - 1
+    assert models.is_frozen_batchnorm(synced.bn1)
+    assert set(synced.state_dict()) == names
+    for world, device in ((1, "cuda"), (2, "cpu")):
+        alone = SimpleNamespace(num_processes=world, device=torch.device(device))
+        model = training.synchronize_batchnorm(models.build_model(recipe(), lambda _: None), alone)
+        assert not any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+
+
+@pytest.mark.parametrize("asked", [0.0, 1.0])
+def test_processes_agree_to_stop_at_every_tenth_step(asked):
+    stop, asks = training.StopRequest(str), []
+
+    def reduce(values, reduction):
+        asks.append(reduction)
+        return values + asked  # what the others say
+
+    several = SimpleNamespace(num_processes=3, device=torch.device("cpu"), reduce=reduce)
+    assert [stop.agreed(several, step) for step in range(1, 11)] == [False] * 9 + [asked > 0]
+    assert len(asks) == 1
+    assert stop.agreed(several) is (asked > 0)
+    stop.name = "SIGTERM"
+    assert not stop.agreed(several, 3)
+    assert stop.agreed(several, 20)
+
+
+def test_frozen_batchnorm_trains_weights_and_keeps_statistics():
+    model = models.build_model(recipe(freeze_batchnorm=True), lambda _: None).train()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    model(torch.randn(4, 3, 32, 32)).sum().backward()
+    assert all(torch.equal(before[name], value) for name, value in model.named_buffers())
+    assert all(p.grad is not None for p in model.parameters())
