@@ -1,5 +1,7 @@
 """Settings for every test: figures are drawn without a screen; and the shipped images as small data."""
 
+import logging
+
 import matplotlib
 import pytest
 from hypothesis import settings
@@ -29,6 +31,17 @@ def small_data(samples):
         return samples.take(torch.cat(members).sort().values, name)
 
     return Cifar10(part(0, 12, "train"), part(12, 16, "val"), part(16, 20, "test"), "samples", "0" * 64)
+
+
+@pytest.fixture
+def said():
+    """The lines that the library logs, as a list that grows."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("cifar_ft").addHandler(handler)
+    yield lines
+    logging.getLogger("cifar_ft").removeHandler(handler)
 
 
 @pytest.fixture(scope="module")

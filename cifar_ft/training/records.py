@@ -170,7 +170,7 @@ def code_digests() -> dict[str, str]:
     """A digest of the code of each module that decides the numbers; comments and docstrings do not count."""
     digests = {}
     for name in DECISIVE:
-        tree = ast.parse(Path(cifar_ft.__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
+        tree = ast.parse((Path(cifar_ft.__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
             first = body[0] if isinstance(body, list) and body else None
