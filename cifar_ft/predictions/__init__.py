@@ -4,8 +4,10 @@ from cifar_ft.predictions.explanations import ExplanationError, FeatureBank, gra
 from cifar_ft.predictions.folders import PARTIAL, count_files, is_device, predict_paths, write_csv
 from cifar_ft.predictions.images import (
     FORMATS,
+    MESSAGES,
     SUFFIXES,
     ImageError,
+    Note,
     Picture,
     checked_fit,
     read_image,
@@ -17,18 +19,20 @@ from cifar_ft.predictions.onnx import ExportError, check_onnx, export_checked, e
 from cifar_ft.predictions.predictor import SHIPPED, Prediction, PredictionError, Predictor, not_finite
 
 __all__ = [
+    "FORMATS",
+    "MESSAGES",
+    "PARTIAL",
+    "SHIPPED",
+    "SUFFIXES",
     "ExplanationError",
     "ExportError",
-    "FORMATS",
     "FeatureBank",
     "ImageError",
-    "PARTIAL",
+    "Note",
     "Picture",
     "Prediction",
     "PredictionError",
     "Predictor",
-    "SHIPPED",
-    "SUFFIXES",
     "check_onnx",
     "checked_fit",
     "count_files",

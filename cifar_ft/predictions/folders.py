@@ -42,7 +42,7 @@ def predict_paths(paths, predictor: Predictor, *, fit: str = "crop", details: bo
         rows, pictures = [], []
         for path, error in chunk:
             name = os.fsdecode(path) if isinstance(path, (str, os.PathLike)) else type(path).__name__
-            rows.append({"path": name, "label": "", "probability": None, "error": error})
+            rows.append({"path": name, "label": "", "probability": None, "error": str(error or "")})
             rows[-1] |= {"unknown": None, "notes": ""} if details else {}
             try:
                 if not error:
@@ -53,7 +53,7 @@ def predict_paths(paths, predictor: Predictor, *, fit: str = "crop", details: bo
         for (row, picture), answer in zip(pictures, answers, strict=True):
             row.update(label=answer.label, probability=answer.probability)
             if details:
-                row.update(unknown=answer.unknown, notes="; ".join(picture.notes))
+                row.update(unknown=answer.unknown, notes="; ".join(map(str, picture.notes)))
         yield from rows
 
 
@@ -62,8 +62,8 @@ def count_files(paths) -> int:
     return sum(1 for _ in _files([paths] if isinstance(paths, (str, os.PathLike)) else paths))
 
 
-def _files(paths: Iterable) -> Iterator[tuple[object, str]]:
-    """Each path, folders opened, with what is wrong with it ("" if nothing is yet)."""
+def _files(paths: Iterable) -> Iterator[tuple[object, ImageError | None]]:
+    """Each path, folders opened, with what is wrong with it, if anything yet."""
     for path in paths:
         yield from find_pictures(path)
 

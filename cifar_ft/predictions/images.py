@@ -1,6 +1,6 @@
 """Pictures of any kind (notebook 06): read, turned upright, cut square, made 32 pixels wide.
 
-Nothing here knows a model; whatever is no picture is refused with one clear line.
+Nothing here knows a model; whatever is not a picture is refused in one clear line.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import io
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from cifar_ft.files import one_line, show_path
 SIZE = 32  # pixels: the width of the pictures that the models were trained on
 MAX_PIXELS = 50_000_000
 MAX_PIXELS_JPEG2000 = 12_000_000  # its decoder takes 12 bytes a pixel
+MAX_SCANS = 100  # of a JPEG file; a progressive one has some ten, and each costs the time of a whole picture
 LARGE = 12_000_000  # pixels; larger pictures are halved right after decoding
 # Named one by one: Pillow would hand other kinds to outside programs (EPS to Ghostscript).
 # ICO is not among them: Pillow decodes what is inside before its size can be checked.
@@ -33,29 +34,94 @@ SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
     ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".jpx",
 )  # fmt: skip
-
-
 # Endings of pictures that are mostly of other kinds: in a folder they are tried, and told of, not passed over.
 OTHER_SUFFIXES = (
     ".heic", ".heif", ".ico", ".tga", ".psd", ".svg", ".jxl", ".eps", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw",
 )  # fmt: skip
 
+# Everything said about pictures, by its code; other languages translate these sentences.
+MESSAGES = {
+    # what was done (Note)
+    "first_frame": "the first of several frames",
+    "one_frame": "frame {frame} of several",
+    "turned_upright": "turned upright as its EXIF data say",
+    "halved": "every second pixel left out, as it is very large",
+    "taken_as_8_bits": "brightness taken as 8 bits",
+    "scaled_to_8_bits": "brightness scaled to 8 bits",
+    "transparent_on_white": "transparent parts shown on white",
+    "cmyk_converted": "printing colours (CMYK) converted",
+    "cropped": "the middle {side} x {side} of {width} x {height} pixels",
+    "padded": "all of {width} x {height} pixels, with black bars",
+    # why it is refused (ImageError)
+    "empty": "empty, 0 bytes; choose a picture file",
+    "not_a_picture": "not a picture that can be read here; use PNG, JPEG, GIF, WebP, BMP or TIFF",
+    "damaged": "damaged, incomplete or of an unknown kind ({reason}); get it again",
+    "no_pixels": "{width} x {height} pixels is not a picture; each side must have at least 1",
+    "too_large": "too large: {width:,} x {height:,} pixels; at most {allowed:,} are allowed",
+    "far_too_large": "too large; at most {allowed:,} pixels are allowed, make it smaller",
+    "too_large_jpeg2000": "too large for JPEG 2000: {width:,} x {height:,} pixels; at most {allowed:,} are allowed, "
+    "save it as PNG",
+    "tile_too_large": "a tile of {width:,} x {height:,} pixels is too large; at most {allowed:,} are allowed",
+    "too_many_scans": "{scans:,} scans would take too long; at most {allowed} are allowed, save it anew",
+    "missing": "there is no file {path}",
+    "folder": "{path} is a folder; give a picture, or the folder to predict_paths",
+    "not_a_file": "{path} is not a regular file; choose a picture file",
+    "address": "{path} is an address; download the picture and give its path",
+    "opened_as_text": 'the picture is opened as text; open it with mode "rb"',
+    "wrong_type": "cannot read {kind} as a picture; give a path, bytes, a file object, a PIL image or an array",
+    "wrong_shape": "shape {shape} is not a picture; give {wanted}, with 1, 3 or 4 channels",
+    "empty_shape": "shape {shape} has no pixels; each side must have at least 1",
+    "wrong_dtype": "pixels of type {dtype}; use uint8 (0 to 255), uint16 (0 to 65,535) or floats from 0 to 1",
+    "not_finite": "some pixels are NaN or infinite; use finite values from 0 to 1",
+    "below_0": "float pixels must be from 0 to 1; these run from {low:.4g} to {high:.4g}, undo a normalisation with "
+    "transforms.denormalize",
+    "above_1": "float pixels must be from 0 to 1; these run from {low:.4g} to {high:.4g}, divide by 255 or give uint8",
+    "unknown_fit": "unknown fit {fit!r}; choose crop or pad",
+    "unreadable_folder": "this folder cannot be read: {reason}",
+    "no_pictures": "there are no pictures in this folder; looked for {endings}",
+}
 
-MOST_SCANS = 100  # of a JPEG file; a progressive one has some ten, and each costs the time of a whole picture
+
+class Note:
+    """What was done to a picture: a `code` of MESSAGES and the `values` of its sentence, which is its text."""
+
+    def __init__(self, code: str, /, **values):
+        self.code, self.values = code, values
+
+    def __str__(self) -> str:
+        return MESSAGES[self.code].format(**self.values)
+
+    def __repr__(self) -> str:
+        return f"Note({str(self)!r})"
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Note) and (self.code, self.values) == (other.code, other.values)
 
 
 class ImageError(CifarFtError, ValueError):
-    """Something that is no picture, or not one that can be predicted."""
+    """Something that is not a picture, or not one that can be predicted.
+
+    Its text is the sentence of its `code` in MESSAGES with its `values`, after the name of the picture (`about`) where
+    it has one.
+    """
+
+    def __init__(self, code: str, /, about: str = "", **values):
+        super().__init__(code)  # so that it can be copied and pickled
+        self.code, self.about, self.values = code, about, values
+
+    def __str__(self) -> str:
+        sentence = one_line(MESSAGES[self.code].format(**self.values))
+        return f"{self.about}: {sentence}" if self.about else sentence
 
 
 class Picture(NamedTuple):
-    """A picture, uint8 [3, H, W], and in words what was done to get it, such as "the first of several frames".
+    """A picture, uint8 [3, H, W], and notes of what was done to get it, such as "the first of several frames".
 
     `size` is its width and height as given, upright: more than those of `image` where it was very large.
     """
 
     image: Tensor
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     size: tuple[int, int] = (0, 0)
 
 
@@ -85,122 +151,157 @@ def read_picture(source) -> Picture:
         With one line that names the picture and says what is wrong with it. A picture of more than 50 million
         pixels is refused before it is decoded.
     """
-    ready = isinstance(source, Image.Image) or (
-        hasattr(source, "__array__") and not isinstance(source, (str, bytes))  # NumPy's strings are both
-    )
-    name, source = ("the picture", source) if ready else _locate(source)
+    about, source = _located(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Pillow warns of is checked here, or does not matter
-            if ready:
-                return _decode(source if isinstance(source, Image.Image) else _array_image(source))
-            Image.init()
-            with Image.open(source, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as image:
-                image.seek(0)
-                return _decode(image)
+            with _opened(source) as image:
+                return _decoded(image)
     except ImageError as error:
-        problem = str(error)
+        error.about = about
+        raise
     except UnidentifiedImageError:
-        problem = "not a picture that can be read here; use PNG, JPEG, GIF, WebP, BMP or TIFF"
+        raise ImageError("not_a_picture", about) from None
     except Image.DecompressionBombError:
-        problem = f"too large; at most {MAX_PIXELS:,} pixels are allowed, make it smaller"
+        raise ImageError("far_too_large", about, allowed=MAX_PIXELS) from None
     except Exception as error:  # a damaged file can cause any
-        problem = f"damaged, incomplete or of an unknown kind ({error or type(error).__name__}); get it again"
-    raise ImageError(one_line(f"{name}: {problem}"))
+        raise ImageError("damaged", about, reason=str(error) or type(error).__name__) from error
 
 
-def _locate(source) -> tuple[str, object]:
-    """A name for messages and what Pillow can open."""
+def _located(source) -> tuple[str, object]:
+    """A name for messages, and what can be opened."""
     if isinstance(source, (bytes, bytearray, memoryview)):
-        if content := bytes(source):
-            return "the picture", io.BytesIO(content)
-        raise ImageError("the picture is empty: 0 bytes; choose a picture file")
+        if not (content := bytes(source)):
+            raise ImageError("empty", "the picture")
+        return "the picture", io.BytesIO(content)
+    if isinstance(source, (str, os.PathLike)):  # NumPy's strings are such, and arrays too
+        return _located_file(os.path.expanduser(os.fsdecode(source)))
     if isinstance(source, io.TextIOBase):
-        raise ImageError('the picture is opened as text; open it with mode "rb"')
-    if hasattr(source, "read"):
-        return "the picture", source
-    if not isinstance(source, (str, os.PathLike)):
-        kinds = "a path, bytes, a file object, a PIL image, an array or a tensor"
-        raise ImageError(f"cannot read {type(source).__name__} as a picture; give {kinds}")
-    path = os.path.expanduser(os.fsdecode(source))
-    shown = one_line(show_path(os.path.abspath(path))) if path else "''"
+        raise ImageError("opened_as_text")
+    if not isinstance(source, Image.Image) and not hasattr(source, "__array__") and not hasattr(source, "read"):
+        raise ImageError("wrong_type", kind=type(source).__name__)
+    return "the picture", source
+
+
+def _located_file(path: str) -> tuple[str, str]:
     if "://" in path:
-        raise ImageError(f"{one_line(path)} is an address; download the picture and give its path")
+        raise ImageError("address", path=path)
+    shown = one_line(show_path(path)) if path else "''"
     if os.path.isdir(path):
-        raise ImageError(f"{shown} is a folder; give a picture, or the folder to predict_paths")
+        raise ImageError("folder", path=shown)
     if not os.path.isfile(path):
-        raise ImageError(f"{shown} is no regular file" if os.path.exists(path) else f"there is no file {shown}")
+        raise ImageError("not_a_file" if os.path.exists(path) else "missing", path=shown)
     if not os.path.getsize(path):
-        raise ImageError(f"{shown} is empty: 0 bytes; choose another file")
+        raise ImageError("empty", shown)
     return shown, path
 
 
-def _decode(image: Image.Image) -> Picture:
-    width, height = image.size
-    notes = []
-    with suppress(Exception):  # of damaged later frames; counting them all could take long
-        if image.format != "MPO" and getattr(image, "is_animated", False):  # an MPO is one photograph with a preview
-            frame = image.tell()
-            notes.append(f"frame {frame + 1} of several" if frame else "the first of several frames")
-    if not width or not height:
-        raise ImageError(f"{width} x {height} pixels is no picture; each side must have at least 1")
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"too large: {width:,} x {height:,} pixels; at most {MAX_PIXELS:,} are allowed")
-    if image.format == "JPEG2000" and width * height > MAX_PIXELS_JPEG2000:
-        limit = f"at most {MAX_PIXELS_JPEG2000:,} are allowed, save it as PNG"
-        raise ImageError(f"too large for JPEG 2000: {width:,} x {height:,} pixels; {limit}")
-    _refuse_costly(image)
-    turned = _turned(image)
+def _opened(source):
+    """A PIL image, not decoded yet, as a context; one that was given stays open after it."""
+    if isinstance(source, Image.Image):
+        return nullcontext(source)
+    if hasattr(source, "__array__"):
+        return nullcontext(_array_image(source))
+    Image.init()
+    return Image.open(source, formats=[kind for kind in FORMATS if kind in Image.OPEN])
+
+
+def _decoded(image: Image.Image) -> Picture:
+    """Every step from an open file to its pixels; each adds to the notes what it did."""
+    _check_cost(image)
+    notes = _frame_notes(image)
+    turned = _is_turned(image)  # asked before decoding: Pillow itself turns a TIFF file then
     image.load()
-    if turned or _turned(image):
-        notes.append("turned upright as its EXIF data say")
-        image = ImageOps.exif_transpose(image)  # nothing is left to do in a TIFF file, which Pillow turns itself
-    size = width, height = image.size
-    if width * height > LARGE:  # whoever looks at 32 pixels does not miss half of 5,000, and memory is spared
-        image = image.resize((max(1, image.width // 2), max(1, image.height // 2)), Image.Resampling.NEAREST)
-        notes.append("every second pixel left out, as it is very large")
-    if image.mode[0] in "IF":  # 16 bits and more, in one channel
-        values = np.asarray(image)
-        if image.mode == "I" and image.format is None and values.min() >= 0 and values.max() <= 255:
-            values = values.astype(np.uint8)  # made of 8 bits by somebody's program; no file has so few
-        elif image.mode == "I" and not (values >> 16).any():
-            values = values.astype(np.uint16)
-        image = _array_image(values)
-        notes.append("brightness taken as 8 bits" if values.dtype == np.uint8 else "brightness scaled to 8 bits")
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        layers = image.convert("RGBA")
-        image = Image.new("RGBA", image.size, "white")
-        image.alpha_composite(layers)
-        if layers.getextrema()[3][0] < 255:
-            notes.append("transparent parts shown on white")
-    if image.mode == "CMYK":
-        notes.append("printing colours (CMYK) converted")
-    pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    image = torch.from_numpy(pixels).permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
-    return Picture(image, tuple(notes), size)
+    image = _upright(image, turned, notes)
+    size = image.size
+    image = _reduced(image, notes)
+    image = _eight_bits(image, notes)
+    image = _on_white(image, notes)
+    return Picture(_colours(image, notes), tuple(notes), size)
 
 
-def _refuse_costly(image: Image.Image) -> None:
-    """Raise ImageError for a file that would take far more memory or time than its size in pixels says."""
+def _check_cost(image: Image.Image) -> None:
+    """Raise ImageError for a file that would take too much memory or time, before it is decoded."""
+    width, height = image.size
+    sides = {"width": width, "height": height}
+    if not width or not height:
+        raise ImageError("no_pixels", **sides)
+    if width * height > MAX_PIXELS:
+        raise ImageError("too_large", **sides, allowed=MAX_PIXELS)
+    if image.format == "JPEG2000" and width * height > MAX_PIXELS_JPEG2000:
+        raise ImageError("too_large_jpeg2000", **sides, allowed=MAX_PIXELS_JPEG2000)
     if image.format == "TIFF":
         width, height = (image.tag_v2.get(tag, 1) for tag in (ExifTags.Base.TileWidth, ExifTags.Base.TileLength))
         if width * height > MAX_PIXELS:
-            limit = f"at most {MAX_PIXELS:,} are allowed"
-            raise ImageError(f"a tile of {width:,} x {height:,} pixels is too large; {limit}")
+            raise ImageError("tile_too_large", width=width, height=height, allowed=MAX_PIXELS)
     if image.format in ("JPEG", "MPO") and getattr(image, "fp", None) is not None:
         place = image.fp.tell()
         image.fp.seek(0)
         scans = image.fp.read().count(b"\xff\xda")  # the mark that a scan begins; image data cannot hold it
         image.fp.seek(place)
-        if scans > MOST_SCANS:
-            raise ImageError(f"{scans:,} scans would take too long; at most {MOST_SCANS} are allowed, save it anew")
+        if scans > MAX_SCANS:
+            raise ImageError("too_many_scans", scans=scans, allowed=MAX_SCANS)
 
 
-def _turned(image: Image.Image) -> bool:
+def _frame_notes(image: Image.Image) -> list[Note]:
+    with suppress(Exception):  # of damaged later frames; counting them all could take long
+        if image.format != "MPO" and getattr(image, "is_animated", False):  # an MPO is one photograph with a preview
+            return [Note("one_frame", frame=image.tell() + 1) if image.tell() else Note("first_frame")]
+    return []
+
+
+def _is_turned(image: Image.Image) -> bool:
     """Whether EXIF data say that the picture is stored turned or mirrored."""
     with suppress(Exception):  # of damaged EXIF data; the pixels may be good
         return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
     return False
+
+
+def _upright(image: Image.Image, turned: bool, notes: list[Note]) -> Image.Image:
+    if not turned and not _is_turned(image):  # some files tell only once they are decoded
+        return image
+    notes.append(Note("turned_upright"))
+    return ImageOps.exif_transpose(image)
+
+
+def _reduced(image: Image.Image, notes: list[Note]) -> Image.Image:
+    """A very large picture halved: whoever looks at 32 pixels does not miss it, and memory is spared."""
+    width, height = image.size
+    if width * height <= LARGE:
+        return image
+    notes.append(Note("halved"))
+    return image.resize((max(1, width // 2), max(1, height // 2)), Image.Resampling.NEAREST)
+
+
+def _eight_bits(image: Image.Image, notes: list[Note]) -> Image.Image:
+    """One channel of 16 bits and more as 8."""
+    if image.mode[0] not in "IF":
+        return image
+    values = np.asarray(image)
+    if image.mode == "I" and image.format is None and values.min() >= 0 and values.max() <= 255:
+        values = values.astype(np.uint8)  # made of 8 bits by somebody's program; no file has so few
+    elif image.mode == "I" and not (values >> 16).any():
+        values = values.astype(np.uint16)
+    notes.append(Note("taken_as_8_bits" if values.dtype == np.uint8 else "scaled_to_8_bits"))
+    return _array_image(values)
+
+
+def _on_white(image: Image.Image, notes: list[Note]) -> Image.Image:
+    if "transparency" not in image.info and image.mode not in ("RGBA", "LA", "PA", "RGBa", "La"):
+        return image
+    layers, white = image.convert("RGBA"), Image.new("RGBA", image.size, "white")
+    white.alpha_composite(layers)
+    if layers.getextrema()[3][0] < 255:
+        notes.append(Note("transparent_on_white"))
+    return white
+
+
+def _colours(image: Image.Image, notes: list[Note]) -> Tensor:
+    """Red, green and blue: uint8 [3, H, W]."""
+    if image.mode == "CMYK":
+        notes.append(Note("cmyk_converted"))
+    pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
 
 
 def _array_image(source) -> Image.Image:
@@ -213,9 +314,9 @@ def _array_image(source) -> Image.Image:
     array = np.asarray(source)
     axis = next((axis for axis in axes if array.ndim == 3 and array.shape[axis] in (1, 3, 4)), None)
     if axis is None and array.ndim != 2:
-        raise ImageError(f"shape {list(array.shape)} is no picture; give {wanted}, with 1, 3 or 4 channels")
+        raise ImageError("wrong_shape", shape=list(array.shape), wanted=wanted)
     if not array.size:
-        raise ImageError(f"shape {list(array.shape)} has no pixels; each side must have at least 1")
+        raise ImageError("empty_shape", shape=list(array.shape))
     array = _uint8(array if axis is None else np.moveaxis(array, axis, 2))
     return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2:] == (1,) else array))
 
@@ -227,26 +328,24 @@ def _uint8(array: np.ndarray) -> np.ndarray:
     if kind == "u2":
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if kind[0] != "f":
-        allowed = "uint8 (0 to 255), uint16 (0 to 65,535) or floats from 0 to 1"
-        raise ImageError(f"pixels of type {array.dtype}; use {allowed}")
+        raise ImageError("wrong_dtype", dtype=array.dtype)
     if not np.isfinite(array).all():
-        raise ImageError("some pixels are NaN or infinite; use finite values from 0 to 1")
-    low, high = array.min(), array.max()
+        raise ImageError("not_finite")
+    low, high = float(array.min()), float(array.max())
     if low < -1e-3 or high > 1 + 1e-3:  # leaves room for rounding in an earlier resize
-        hint = "undo a normalisation with transforms.denormalize" if low < 0 else "divide by 255 or give uint8"
-        raise ImageError(f"float pixels must be from 0 to 1; these run from {low:.4g} to {high:.4g}, {hint}")
+        raise ImageError("below_0" if low < 0 else "above_1", low=low, high=high)
     return (array.clip(0, 1).astype(np.float32) * 255).round().astype(np.uint8)
 
 
-def find_pictures(path) -> Iterator[tuple[object, str]]:
-    """Every picture in a folder and below, sorted, without hidden ones, with what is wrong with it ("" if nothing yet).
+def find_pictures(path) -> Iterator[tuple[object, ImageError | None]]:
+    """Every picture in a folder and below, sorted, without hidden ones, with what is wrong with it, if anything yet.
 
     Links are followed. What is no folder is given back as it is; a folder that cannot be read or has no pictures is
     given back with the reason.
     """
     folder = os.path.expanduser(path) if isinstance(path, (str, os.PathLike)) else ""
     if not os.path.isdir(folder):
-        yield path, ""
+        yield path, None
         return
     found, failures, seen = False, [], set()
     for root, folders, names in os.walk(folder, onerror=failures.append, followlinks=True):
@@ -256,14 +355,13 @@ def find_pictures(path) -> Iterator[tuple[object, str]]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            ending = os.path.splitext(name)[1].lower()
-            if ending in (*SUFFIXES, *OTHER_SUFFIXES) and not name.startswith("."):
+            if name.lower().endswith((*SUFFIXES, *OTHER_SUFFIXES)) and not name.startswith("."):
                 found = True
-                yield os.path.join(root, name), ""
+                yield os.path.join(root, name), None
     for failure in failures:
-        yield failure.filename, f"this folder cannot be read: {failure.strerror}"
+        yield failure.filename, ImageError("unreadable_folder", reason=failure.strerror)
     if not found and not failures:
-        yield path, f"there are no pictures in this folder; looked for {' '.join(SUFFIXES)}"
+        yield path, ImageError("no_pictures", endings=" ".join(SUFFIXES))
 
 
 def middle(height: int, width: int) -> tuple[int, int, int]:
@@ -272,27 +370,20 @@ def middle(height: int, width: int) -> tuple[int, int, int]:
     return side, (height - side) // 2, (width - side) // 2
 
 
-def fit_note(width: int, height: int, fit: str) -> str:
-    """In words, what `square` takes of a picture of this size in pixels; empty where it is square already."""
-    if height == width:
-        return ""
-    if fit == "pad":
-        return f"all of {width} x {height} pixels, with black bars"
-    side = middle(height, width)[0]
-    return f"the middle {side} x {side} of {width} x {height} pixels"
-
-
 def squared(source, fit: str = "crop") -> Picture:
     """Read a picture and make it what the network sees, uint8 [3, 32, 32], with all that was done to it."""
-    picture = read_picture(source)
-    note = fit_note(*picture.size, fit)
-    return Picture(square(picture.image, fit), (*picture.notes, *([note] if note else [])), picture.size)
+    image, notes, (width, height) = read_picture(source)
+    if width != height:
+        sides = {"width": width, "height": height}
+        note = Note("padded", **sides) if fit == "pad" else Note("cropped", side=min(width, height), **sides)
+        notes = (*notes, note)
+    return Picture(square(image, fit), notes, (width, height))
 
 
 def checked_fit(fit: str) -> str:
     """One of "crop" and "pad", else ImageError."""
     if fit not in ("crop", "pad"):
-        raise ImageError(f"unknown fit {fit!r}; choose crop or pad")
+        raise ImageError("unknown_fit", fit=fit)
     return fit
 
 

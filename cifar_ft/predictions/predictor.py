@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from cifar_ft import CifarFtError, log
 from cifar_ft.data import CLASSES, Split
 from cifar_ft.files import ASSETS, one_line, show_path
-from cifar_ft.models import build_model, predict_logits
+from cifar_ft.models import create_backbone, cut, predict_logits, replace_head, replace_stem
 from cifar_ft.predictions.images import (
     SIZE,
     ImageError,
+    Note,
     Picture,
     checked_fit,
     find_pictures,
@@ -63,9 +64,9 @@ class Prediction:
     unknown : bool or None
         Whether the picture is unlike anything in CIFAR-10; None where the model was not calibrated. By its threshold
         a known share of CIFAR-10's own pictures is taken for unlike too (`Predictor.calibration["false_alarms"]`).
-    notes : tuple of str
-        What was done to the picture before, such as "the first of several frames" or "the middle 300 x 300 of 480 x 300
-        pixels"; empty for a square picture that was read as it is.
+    notes : tuple of Note
+        What was done to the picture before, in words such as "the first of several frames" or "the middle 300 x
+        300 of 480 x 300 pixels"; empty for a square picture that was read as it is.
     """
 
     label: str
@@ -73,7 +74,7 @@ class Prediction:
     probability: float
     probabilities: dict[str, float]
     unknown: bool | None = None
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
     def top(self, k: int = 5) -> list[tuple[str, float]]:
         """The `k` most probable classes with their probabilities, best first."""
@@ -198,7 +199,7 @@ class Predictor:
         """Calibrated probabilities, float32 [N, 10] in class order, for what `predict` accepts."""
         return self._probabilities(self._logits(images, fit, [])).numpy()
 
-    def _logits(self, images, fit: str, notes: list[tuple[str, ...]]) -> Tensor:
+    def _logits(self, images, fit: str, notes: list[tuple[Note, ...]]) -> Tensor:
         """Logits [N, 10] of what `predict` accepts; what was done to each picture is appended to `notes`."""
         checked_fit(fit)
         images = images.images if isinstance(images, Split) else images
@@ -237,7 +238,7 @@ def _checked_calibration(calibration: dict | None, source: str) -> dict | None:
     return calibration
 
 
-def _prediction(row: list[float], k: int | None, unknown: bool | None, notes: tuple[str, ...]) -> Prediction:
+def _prediction(row: list[float], k: int | None, unknown: bool | None, notes: tuple[Note, ...]) -> Prediction:
     order = sorted(range(len(row)), key=lambda i: -row[i])
     kept = range(len(row)) if k is None else order[:k]
     probabilities = {CLASSES[i]: row[i] for i in kept}
@@ -255,7 +256,8 @@ def _squares(images, fit: str) -> Iterator[Picture]:
     if isinstance(images, (str, os.PathLike)) and os.path.isdir(os.path.expanduser(images)):
         for path, problem in find_pictures(images):
             if problem:
-                raise ImageError(f"{show_path(path)}: {problem}")
+                problem.about = show_path(path)
+                raise problem
             yield squared(path, fit)
         return
     kinds = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, dict)
@@ -268,7 +270,10 @@ def _squares(images, fit: str) -> Iterator[Picture]:
         try:
             yield squared(image, fit)
         except ImageError as error:
-            raise ImageError(f"image {position} of the batch (counted from 0): {error}") from error
+            error.about = ": ".join(
+                part for part in (f"image {position} of the batch (counted from 0)", error.about) if part
+            )
+            raise
 
 
 def chunks(items: Iterable, size: int = BATCH) -> Iterator[list]:
@@ -312,7 +317,9 @@ def not_finite(state: dict[str, Tensor]) -> str:
 
 def _rebuild(recipe: Recipe, backbone: str, state: dict[str, Tensor], source: str) -> nn.Module:
     """The recipe's model with these weights, on the GPU where there is one."""
-    model = build_model(recipe.replace(weights="none", backbone=backbone))
+    with torch.random.fork_rng(devices=[]):  # nobody sees the random weights, nor that some were drawn
+        model = cut(create_backbone(backbone), recipe.last_stage)
+        model = replace_head(replace_stem(model, recipe.stem, recipe.max_pool))
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
