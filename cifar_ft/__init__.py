@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 class CifarFtError(Exception):
     """Base of every error that a user can mend; its message says what was got, what is allowed and what to do."""
 
+    wrong_argument = False  # True: the command line ends with status 2 instead of 1
+
 
 class _Lines(logging.Handler):
     """Print each message as a line on standard output, as it is now: a notebook and a test replace it."""

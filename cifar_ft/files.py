@@ -55,11 +55,10 @@ def one_line(text: object) -> str:
 
 def unknown(what: str, value: object, allowed: Iterable[object]) -> str:
     """The message for a name that is not allowed, with the nearest one that is."""
-    names = [str(item) for item in allowed]
-    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
-    return f"unknown {what} {value!r}; choose from {', '.join(names)}" + (
-        f" (did you mean {near[0]!r}?)" if near else ""
-    )
+    names = {str(item).lower(): str(item) for item in allowed}
+    near = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=0.5)
+    hint = f" (did you mean {names[near[0]]!r}?)" if near else ""
+    return f"unknown {what} {value!r}; choose from {', '.join(names.values())}{hint}"
 
 
 def file_digest(path: Path, algorithm: str = "sha256") -> str:
@@ -81,7 +80,7 @@ def check_target(path: str | os.PathLike) -> Path:
         problem = f"there is no folder {show_path(path.parent)}"
     if problem:
         error = FileError(f"cannot write {show_path(path)}: {problem}; choose another file")
-        error.wrong_argument = True  # the command line ends with status 2
+        error.wrong_argument = True
         raise error
     return path
 

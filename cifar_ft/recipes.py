@@ -18,6 +18,8 @@ from cifar_ft.files import unknown
 class RecipeError(CifarFtError, ValueError):
     """A recipe name, key or value that does not exist or cannot be used."""
 
+    wrong_argument = True
+
 
 # What text means, as the command line and the notebooks' parameters give it; pydantic turns the rest into numbers.
 def _none(value: Any) -> Any:

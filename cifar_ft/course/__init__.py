@@ -1,29 +1,27 @@
 """The whole course in one go, and whether this machine is ready for it."""
 
 from cifar_ft.course.check import checks
-from cifar_ft.course.execution import WIDGET_VIEW, CourseError, drop_widgets
 from cifar_ft.course.runner import (
     NOTEBOOKS,
+    WIDGET_VIEW,
+    CourseError,
     CourseResult,
     ParameterError,
-    check_parameters,
+    drop_widgets,
     find_notebooks,
-    parameters,
-    parse_parameters,
+    read_parameters,
     run_course,
 )
 
 __all__ = [
+    "NOTEBOOKS",
+    "WIDGET_VIEW",
     "CourseError",
     "CourseResult",
-    "NOTEBOOKS",
     "ParameterError",
-    "WIDGET_VIEW",
-    "check_parameters",
     "checks",
     "drop_widgets",
     "find_notebooks",
-    "parameters",
-    "parse_parameters",
+    "read_parameters",
     "run_course",
 ]

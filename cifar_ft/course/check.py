@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 from cifar_ft import CifarFtError, __version__
-from cifar_ft.data import fetch_cifar10
 from cifar_ft.files import data_root, show_path
-from cifar_ft.models import fetch_weights, resolve_backbone
 
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "ipywidgets", "jupyterlab", "papermill")
 DISK_MB = 1000  # data, weights and one run
@@ -19,48 +17,43 @@ DISK_MB = 1000  # data, weights and one run
 def checks() -> Iterator[tuple[bool, str, str]]:
     """Yield (passed, what was found, what to do if not) for versions, hardware, disk, data and weights."""
     python = sys.version.split()[0]
-    yield (
-        sys.version_info >= (3, 10),
-        f"Python {python}, cifar_ft {__version__}",
-        "install Python 3.10 or newer",
-    )
+    yield sys.version_info >= (3, 10), f"Python {python}, cifar_ft {__version__}", "install Python 3.10 or newer"
     for name in PACKAGES:
         try:
             yield True, f"{name} {version(name)}", ""
         except PackageNotFoundError:
             yield False, f"{name} is not installed", "pip install -r requirements.txt"
-    yield from _machine()
-    yield _attempt("CIFAR-10", _data)
-    yield _attempt("weights", _weights)
-
-
-def _machine() -> Iterator[tuple[bool, str, str]]:
-    import torch
+    import torch  # here and below: what is missing has been told by now
 
     from cifar_ft.training import hardware
 
     note = "" if torch.cuda.is_available() else "; no GPU, which is fine: the quick recipe is made for that"
     yield True, hardware() + note, ""
     root = data_root()
-    existing = next(folder for folder in (root, *root.parents) if folder.exists())
-    free = shutil.disk_usage(existing).free // 2**20
+    free = shutil.disk_usage(next(folder for folder in (root, *root.parents) if folder.exists())).free // 2**20
     advice = f"free {DISK_MB:,} MB there, or set CIFAR_FT_DATA to a folder on another disk"
     yield free >= DISK_MB, f"{free:,} MB free for {show_path(root)}", advice
+    yield _attempt("CIFAR-10", _data)
+    yield _attempt("weights", _weights)
+
+
+def _attempt(what: str, check: Callable[[], str]) -> tuple[bool, str, str]:
+    try:
+        return True, check(), ""
+    except CifarFtError as error:
+        return False, what, str(error)
 
 
 def _data() -> str:
+    from cifar_ft.data import fetch_cifar10
+
     raw = fetch_cifar10()
     return f"CIFAR-10 is verified, in {show_path(raw.path)} (from {raw.source})"
 
 
 def _weights() -> str:
+    from cifar_ft.models import fetch_weights, resolve_backbone
+
     backbone = resolve_backbone("auto")
     weights = fetch_weights(backbone)
     return f"ImageNet weights of {backbone}: {weights.name}, from {weights.source}"
-
-
-def _attempt(what: str, check) -> tuple[bool, str, str]:
-    try:
-        return True, check(), ""
-    except CifarFtError as error:
-        return False, what, str(error)

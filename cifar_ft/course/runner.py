@@ -1,4 +1,5 @@
-"""The whole course in one go: the notebooks run in order, each with checked parameters, into one folder.
+"""The whole course in one go: papermill runs the notebooks in order, each with checked parameters, into one folder.
+
 What papermill lets pass in silence (unknown names, strings for numbers) is refused here before anything runs.
 """
 
@@ -6,75 +7,60 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import os
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from cifar_ft import log
-from cifar_ft.course.execution import CourseError, execute, write_html
-from cifar_ft.files import checkout, show_path
+from cifar_ft import CifarFtError, log
+from cifar_ft.files import checkout, one_line, show_path, unknown, write_atomic
 from cifar_ft.recipes import get_recipe
 
-NOTEBOOKS = (
-    "01_data_exploration",
-    "02_transforms",
-    "03_model_surgery",
-    "04_training",
-    "05_results",
-    "06_predictions",
-)
-
-
+NOTEBOOKS = ("01_data_exploration", "02_transforms", "03_model_surgery", "04_training", "05_results", "06_predictions")
 TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 BOOLEANS = {"true": True, "True": True, "false": False, "False": False}
 PATHS = ("DATA_ROOT", "RUN_DIR")  # a notebook runs in its own folder, so relative ones are resolved first
+CELL_SECONDS = 3600
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+class CourseError(CifarFtError):
+    """A notebook could not be run or published; the message says which notebook and cell, and why."""
 
 
 class ParameterError(CourseError, ValueError):
     """A parameter that no notebook declares, or a value of another type than the declared one."""
 
-    wrong_argument = True  # the command line ends with status 2
+    wrong_argument = True
 
 
 @dataclass(frozen=True)
 class CourseResult:
-    """What a run of the course left behind.
+    """What a run of the course left behind."""
 
-    Attributes
-    ----------
-    rows : list of (str, float)
-        Notebook name and seconds, in the order of execution.
-    metrics, config : dict or None
-        ``metrics.json`` and ``config.json`` of the run that the notebooks made; None when they made none.
-    path : Path
-        Folder with the executed notebooks, their HTML pages, ``course.json`` and ``run/``.
-    """
-
-    rows: list[tuple[str, float]]
-    metrics: dict | None
-    config: dict | None
-    path: Path
+    rows: list[tuple[str, float]]  # notebook and seconds, in the order of execution
+    metrics: dict | None  # metrics.json of the run that the notebooks made; None when they made none
+    config: dict | None  # its config.json
+    path: Path  # folder with the executed notebooks, their HTML pages, course.json and run/
 
     def table(self) -> str:
-        """Return seconds per notebook, then the test accuracy and what it was reached with."""
+        """Seconds per notebook, then the test accuracy and what it was reached with, as lines of text."""
         rows = [*self.rows, ("total", sum(seconds for _, seconds in self.rows))]
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {seconds:8.1f} s" for name, seconds in rows]
         facts = {"executed notebooks": f"{show_path(self.path)} (.ipynb and .html)"}
         if self.metrics:
-            weights, data = (self.config or {}).get("weights", {}), (self.config or {}).get("data", {})
-            accuracy, *interval = (
-                f"{100 * x:.2f}" for x in (self.metrics["test_accuracy"], *self.metrics["test_accuracy_ci95"])
-            )
+            config, scores = self.config or {}, [self.metrics["test_accuracy"], *self.metrics["test_accuracy_ci95"]]
+            accuracy, low, high = (f"{100 * score:.2f}" for score in scores)
             facts = {
-                "test accuracy": f"{accuracy} % [{', '.join(interval)}]",
+                "test accuracy": f"{accuracy} % [{low}, {high}]",
                 "backbone": self.metrics["backbone"],
-                "weights": f"{self.metrics['weights']}, from {weights.get('source', 'nowhere')}",
-                "data": data.get("source", "unknown"),
+                "weights": f"{self.metrics['weights']}, from {config.get('weights', {}).get('source', 'nowhere')}",
+                "data": config.get("data", {}).get("source", "unknown"),
                 **facts,
             }
         width = max(map(len, facts))
@@ -82,7 +68,7 @@ class CourseResult:
 
 
 def find_notebooks(folder: str | Path | None = None) -> list[Path]:
-    """Return the notebooks in `folder` (default: the checkout's ``notebooks/``, else ``./notebooks``)."""
+    """The notebooks in `folder` (default: the checkout's ``notebooks/``, else ``./notebooks``)."""
     folder = Path(folder) if folder else (checkout() or Path.cwd()) / "notebooks"
     paths = sorted(folder.glob("*.ipynb"))
     if not paths:
@@ -90,32 +76,18 @@ def find_notebooks(folder: str | Path | None = None) -> list[Path]:
     return paths
 
 
-def parameters(path: str | Path) -> dict[str, tuple[Any, type]]:
-    """Read what a notebook declares in its one cell tagged ``parameters``.
+def read_parameters(path: str | Path) -> dict[str, tuple[Any, type]]:
+    """What a notebook declares in its one cell tagged ``parameters``: ``{name: (default, type)}``.
 
-    Parameters
-    ----------
-    path : str or Path
-        A notebook.
-
-    Returns
-    -------
-    dict
-        ``{name: (default, type)}`` with type one of str, int, float, bool.
-
-    Raises
-    ------
-    CourseError
-        Not exactly one such cell, or one that holds more than typed literals: papermill would then ignore or
-        override what is passed, without a word.
+    CourseError where there is not exactly one such cell, or one that holds more than typed literals (str, int, float,
+    bool): papermill would then ignore or override what is passed, without a word (its `inspect_notebook` skips them).
     """
     import nbformat
 
     path = Path(path)
-    cells = nbformat.read(path, 4).cells
-    cells = [c for c in cells if c.cell_type == "code" and "parameters" in c.metadata.get("tags", [])]
-    if len(cells) != 1:
-        raise CourseError(f"{path.name}: needs exactly one cell tagged 'parameters', has {len(cells)}")
+    cells = [c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]
+    if len(cells) != 1 or cells[0].cell_type != "code":
+        raise CourseError(f"{path.name}: needs exactly one code cell tagged 'parameters', has {len(cells)}")
     declared = {}
     for node in ast.parse(cells[0].source).body:
         try:
@@ -137,51 +109,31 @@ def _fits(value: Any, kind: type) -> bool:
     return type(value) is kind or (kind is float and type(value) is int)
 
 
-def _declared(paths: Iterable[str | Path], names: Iterable[str]) -> list[tuple[Path, dict]]:
-    """Read every notebook's parameters and refuse names that none of them declares."""
-    declared = [(Path(path), parameters(path)) for path in paths]
-    known = sorted({name for _, found in declared for name in found})
-    for name in names:
-        if name not in known:
-            near = get_close_matches(name.upper(), known, 1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ParameterError(f"unknown parameter {name!r}; the notebooks know {', '.join(known)}{hint}")
-    return declared
+def check_parameters(given: Mapping[str, Any] | Sequence[str], declared: Mapping[Path, dict]) -> dict[str, Any]:
+    """Values by name, from a mapping or from ``name=value`` texts, all of them declared and of the declared type.
 
-
-def check_parameters(paths: Iterable[str | Path], given: Mapping[str, Any]) -> None:
-    """Refuse names that no notebook of `paths` declares and values of the wrong type (ParameterError)."""
-    for path, found in _declared(paths, given):
-        for name in given.keys() & found.keys():
-            kind = found[name][1]
-            if not _fits(given[name], kind):
-                raise ParameterError(
-                    f"{name}={given[name]!r}: {path.name} wants {kind.__name__}, e.g. {found[name][0]!r}"
-                )
-
-
-def parse_parameters(pairs: Sequence[str], paths: Iterable[str | Path]) -> dict[str, Any]:
-    """Turn ``name=value`` strings into values of the declared types.
-
-    Raises ParameterError for a missing ``=``, an unknown name or a text that is not of the declared type:
-    ``true``, ``True``, ``false`` and ``False`` for bool, ``5`` for int, ``0.001`` or ``1e-3`` for float.
+    Texts become that type: ``true``, ``True``, ``false``, ``False`` for bool, ``5`` for int, ``0.001`` or ``1e-3`` for
+    float. Anything else raises ParameterError.
     """
-    values: dict[str, Any] = {}
-    for pair in pairs:
+    kinds = {name: kind for found in declared.values() for name, (_, kind) in found.items()}
+    values = dict(given) if isinstance(given, Mapping) else {}
+    for pair in () if isinstance(given, Mapping) else given:
         name, equals, text = pair.partition("=")
+        name = name.strip()
         if not equals or not name:
             raise ParameterError(f"{pair!r} is not of the form name=value, e.g. RECIPE=quick")
-        values[name.strip()] = text
-    for _, found in _declared(paths, values):
-        for name in values.keys() & found.keys():
-            kind = found[name][1]
-            try:
-                if isinstance(values[name], str):
-                    values[name] = BOOLEANS[values[name]] if kind is bool else kind(values[name])
-            except (KeyError, ValueError) as error:
-                raise ParameterError(
-                    f"{name}={values[name]}: expected {kind.__name__}, e.g. {found[name][0]!r}"
-                ) from error
+        kind = kinds.get(name, str)
+        try:
+            values[name] = BOOLEANS[text] if kind is bool else kind(text)
+        except (KeyError, ValueError):
+            values[name] = text  # of the wrong type, as is said below
+    for name in values:
+        if name not in kinds:
+            raise ParameterError(unknown("parameter", name, sorted(kinds)))
+    for path, found in declared.items():
+        for name, (default, kind) in found.items():
+            if name in values and not _fits(values[name], kind):
+                raise ParameterError(f"{name}={values[name]!r}: {path.name} wants {kind.__name__}, e.g. {default!r}")
     return values
 
 
@@ -197,16 +149,15 @@ def run_course(
     Parameters
     ----------
     out : path, optional
-        New or empty folder for everything the run writes; default ``course-output/<recipe>-<time>``.
+        New or empty folder for all that the run writes; default ``course-output/<recipe>-<time>``.
     recipe : str, optional
-        Name of a recipe, the same as ``RECIPE`` among the parameters; default: what the notebooks declare.
+        The same as ``RECIPE`` among the parameters.
     parameters : mapping or sequence of ``name=value``, optional
-        Notebook parameters; each notebook gets those it declares. ``RUN_DIR`` defaults to ``<out>/run``
-        where one of them trains.
+        Each notebook gets those it declares. ``RUN_DIR`` defaults to ``<out>/run`` where one of them trains.
     notebooks : folder or sequence of paths, optional
         What to run; default: see `find_notebooks`.
     before : callable, optional
-        Called with all parameters once they are checked, before the first notebook: to fetch what they need.
+        Called with all parameters once they are checked: to fetch what the notebooks need.
 
     Raises
     ------
@@ -216,12 +167,11 @@ def run_course(
         A cell failed or the kernel died; what ran until then is in `out`, with its HTML page.
     """
     paths = find_notebooks(notebooks) if notebooks is None or isinstance(notebooks, (str, Path)) else notebooks
-    paths = [Path(path).resolve() for path in paths]
-    given = dict(parameters) if isinstance(parameters, Mapping) else parse_parameters(parameters or (), paths)
+    declared = {path: read_parameters(path) for path in (Path(path).resolve() for path in paths)}
+    given = check_parameters(parameters or (), declared)
     if recipe is not None and given.setdefault("RECIPE", recipe) != recipe:
         raise ParameterError(f"recipe {recipe} and RECIPE={given['RECIPE']} contradict each other; give one")
-    check_parameters(paths, given)
-    declared = {path: _parameters(path) for path in paths}
+    given = check_parameters(given, declared)  # with RECIPE
     defaults = {name: default for found in declared.values() for name, (default, _) in found.items()}
     chosen = {**defaults, **given}
     if "RECIPE" in chosen:
@@ -229,7 +179,7 @@ def run_course(
     changed = sorted(name for name, value in given.items() if name not in PATHS and value != defaults[name])
 
     out = _empty_folder(out, chosen.get("RECIPE", "course"))
-    given = {k: str(Path(os.path.expanduser(v)).resolve()) if k in PATHS and v else v for k, v in given.items()}
+    given = {k: str(Path(v).expanduser().resolve()) if k in PATHS and v else v for k, v in given.items()}
     if "RECIPE" in chosen:  # a run will be made
         given["RUN_DIR"] = given.get("RUN_DIR") or str(out / "run")
     if before:
@@ -239,30 +189,90 @@ def run_course(
         log.info(f"[{number}/{len(declared)}] {path.stem} ...")
         start = time.perf_counter()
         try:
-            execute(path, out / path.name, {k: v for k, v in given.items() if k in found})
+            _execute(path, out / path.name, {name: value for name, value in given.items() if name in found})
             record["complete"] = number == len(declared)
         finally:
             seconds = record["seconds"][path.stem] = round(time.perf_counter() - start, 2)
             record["total_seconds"] = round(sum(record["seconds"].values()), 2)
-            (out / "course.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-            write_html(out / path.name)
+            write_atomic(out / "course.json", (json.dumps(record, indent=2) + "\n").encode())
+            _write_page(out / path.name)
         log.info(f"[{number}/{len(declared)}] {path.stem} {seconds:.1f} s")
-    made = Path(given.get("RUN_DIR") or out / "run")
-    metrics, config = (_read_json(made / name) for name in ("metrics.json", "config.json"))
+    files = (Path(given.get("RUN_DIR") or out / "run") / name for name in ("metrics.json", "config.json"))
+    metrics, config = (json.loads(file.read_text("utf-8")) if file.exists() else None for file in files)
     return CourseResult(list(record["seconds"].items()), metrics, config, out)
-
-
-_parameters = parameters  # `run_course` has an argument of that name
 
 
 def _empty_folder(out: str | Path | None, recipe: str) -> Path:
     out = Path(out) if out else Path("course-output") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    out = Path(os.path.expanduser(out)).resolve()
+    out = out.expanduser().resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ParameterError(f"{show_path(out)} is not an empty folder; choose another one or remove it")
     out.mkdir(parents=True, exist_ok=True)
     return out
 
 
-def _read_json(path: Path) -> dict | None:
-    return json.loads(path.read_text("utf-8")) if path.exists() else None
+def _execute(path: Path, out: Path, given: dict[str, Any]) -> None:
+    """Run one notebook in its own folder and save it to `out` after each cell, whatever happens."""
+    try:
+        import papermill
+        from nbclient.exceptions import CellTimeoutError
+        from papermill.exceptions import PapermillExecutionError
+    except ModuleNotFoundError as error:
+        raise CourseError(f"running notebooks needs {error.name}: pip install -r requirements.txt") from error
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of comments it cannot parse
+    # papermill calls str.format on its paths
+    source, target = (str(name).replace("{", "{{").replace("}", "}}") for name in (path, out))
+    kernel = {"kernel_name": "python3", "language": "python", "kernel_manager_class": _kernel_manager_class()}
+    options = {"cwd": str(path.parent), "execution_timeout": CELL_SECONDS, "progress_bar": False}
+    try:
+        papermill.execute_notebook(source, target, given, **kernel, **options)
+    except PapermillExecutionError as error:
+        raise CourseError(_failure(out, f"{error.ename}: {error.evalue}")) from error
+    except CellTimeoutError as error:
+        raise CourseError(_failure(out, f"still running after {CELL_SECONDS} s, stopped")) from error
+    except RuntimeError as error:  # DeadKernelError, or a kernel that never started
+        raise CourseError(_failure(out, f"the kernel died ({error}); often a lack of memory")) from error
+
+
+def _kernel_manager_class() -> type:
+    """Start kernels with this very interpreter and this very package, whatever kernelspecs are installed."""
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec
+
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=CRITICAL"]
+    path = os.pathsep.join(filter(None, [str(checkout() or ""), os.environ.get("PYTHONPATH", "")]))
+
+    class ThisInterpreter(AsyncKernelManager):
+        kernel_spec = KernelSpec(argv=argv, env={"PYTHONPATH": path}, language="python", display_name="Python 3")
+
+    return ThisInterpreter
+
+
+def _failure(out: Path, reason: str) -> str:
+    """Say in two lines which cell of the notebook at `out` was the last to start, and why it stopped."""
+    import nbformat
+
+    cells = [cell for cell in nbformat.read(out, 4).cells if cell.cell_type == "code"]
+    started = [n for n, cell in enumerate(cells, 1) if cell.metadata.get("papermill", {}).get("start_time")]
+    where = f"cell [{started[-1]}]" if started else "before the first cell"
+    return f"{out.name}, {where}: {one_line(reason)[:300]}\nwhat ran until then is in {show_path(out)}"
+
+
+def drop_widgets(notebook: Any) -> None:
+    """Remove widget state and views in place: a file cannot run them, and GitHub refuses half of one."""
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop(WIDGET_VIEW, None)
+
+
+def _write_page(path: Path) -> None:
+    """Write an executed notebook as an HTML page beside it."""
+    if path.exists():
+        import nbformat
+        from nbconvert import HTMLExporter
+
+        notebook = nbformat.read(path, 4)
+        drop_widgets(notebook)
+        html, _ = HTMLExporter(template_name="lab").from_notebook_node(notebook, {"metadata": {"name": path.stem}})
+        write_atomic(path.with_suffix(".html"), html.encode())
