@@ -1,17 +1,14 @@
 """The prediction widget of chapter 06, and the same as a page of its own."""
 
 from cifar_ft.widget.app import AppError, page, serve
-from cifar_ft.widget.state import PredictionModel
-from cifar_ft.widget.texts import LANGUAGES, LanguageError
-from cifar_ft.widget.widget import PredictionWidget, prediction_widget
 
-__all__ = [
-    "AppError",
-    "LANGUAGES",
-    "LanguageError",
-    "PredictionModel",
-    "PredictionWidget",
-    "page",
-    "prediction_widget",
-    "serve",
-]
+__all__ = ["AppError", "PredictionWidget", "page", "prediction_widget", "serve"]
+
+
+def __getattr__(name: str):
+    """The widget, once it is asked for: whoever only serves the page needs neither torch nor ipywidgets."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from cifar_ft.widget.widget import PredictionWidget, prediction_widget
+
+    return {"PredictionWidget": PredictionWidget, "prediction_widget": prediction_widget}[name]

@@ -20,8 +20,6 @@ import webbrowser
 from importlib.util import find_spec
 from pathlib import Path
 
-import matplotlib
-
 from cifar_ft import CifarFtError, log
 from cifar_ft.files import ASSETS, PACKAGE
 
@@ -41,12 +39,7 @@ class AppError(CifarFtError, RuntimeError):
     """The page cannot be served."""
 
 
-def serve(
-    port: int = PORT,
-    host: str = HOST,
-    browser: bool = True,
-    pool: int = 2,
-) -> None:
+def serve(port: int = PORT, host: str = HOST, browser: bool = True, pool: int = 2) -> None:
     """Serve the page until Ctrl-C (or SIGTERM), then end all that was started.
 
     Parameters
@@ -71,11 +64,12 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="cifar_ft_app_", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         prepare(folder)
+        arguments, settings = command(folder, port, host, pool), environment(folder)
+        for end in ("SIGTERM", "SIGHUP"):  # a request to end, or a terminal that is closed, is like Ctrl-C
+            if hasattr(signal, end):
+                signal.signal(getattr(signal, end), signal.default_int_handler)
         # In a session of its own: Ctrl-C reaches this process alone, which then ends the server in good order.
-        server = subprocess.Popen(
-            command(folder, port, host, pool), env=environment(folder), cwd=folder, start_new_session=True
-        )
-        _stop_on_signals()
+        server = subprocess.Popen(arguments, env=settings, cwd=folder, start_new_session=True)
         try:
             _wait_until_ready(server, folder / "ready", pool)
             log.info(f"The app is ready: {url} (Ctrl-C stops it)")
@@ -107,6 +101,8 @@ def check_port(host: str, port: int) -> None:
 
 def prepare(folder: Path) -> None:
     """Put into an empty folder what Voila needs: the notebook alone, and a kernel that keeps no history."""
+    import matplotlib
+
     for name in ("page", "ready", "kernels/kernels/python3"):
         (folder / name).mkdir(parents=True)
     shutil.copyfile(NOTEBOOK, folder / "page" / "app.ipynb")
@@ -173,17 +169,6 @@ def environment(folder: Path) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name not in dropped}
     # One thread is enough for one small picture, and visitors share the processor.
     return {"OMP_NUM_THREADS": "1", **inherited, **{name: str(value) for name, value in own.items()}}
-
-
-def _stop_on_signals() -> None:
-    """Treat a request to end, or a terminal that is closed, like Ctrl-C."""
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), interrupt)
 
 
 def _wait_until_ready(server: subprocess.Popen, ready: Path, pool: int) -> None:

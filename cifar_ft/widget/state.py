@@ -1,11 +1,12 @@
-"""What the prediction widget knows: pictures chosen, what the models said, what went wrong; without any widget.
+"""What the prediction widget knows: pictures to browse, those chosen, what the models said, what went wrong.
 
-`answers` shows it as HTML, `widget.PredictionWidget` is a thin skin over both; tests drive the model itself.
+There is no widget here: `html` shows a state, `widget` is a thin skin over both.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,14 +14,90 @@ from PIL import Image
 from torch import Tensor
 
 from cifar_ft import CifarFtError
-from cifar_ft.data import CLASSES, Split, load_samples
-from cifar_ft.predictions import ImageError, Picture, Prediction, Predictor, read_picture, square
-from cifar_ft.widget.gallery import Gallery, reduced
-from cifar_ft.widget.texts import LABELS, NOTHING_CHOSEN, checked_language, percent, text
+from cifar_ft.data import Split, load_samples
+from cifar_ft.files import unknown
+from cifar_ft.predictions import (
+    ImageError,
+    Note,
+    Prediction,
+    Predictor,
+    checked_fit,
+    grad_cam,
+    overlay,
+    read_picture,
+    square,
+)
+from cifar_ft.widget.texts import LABELS, WidgetError, checked_language, percent, text
 
 FITS = ("crop", "pad")
+ORDERS = ("stored", "random", "mistakes")
+PAGE = 20  # pictures that the gallery shows at once
+LONGEST = 200  # pictures that can be browsed at once: a list of 10,000 lines helps nobody
+WIDTH = 192  # pixels, of a picture as it is shown
 MOST_MIB = 10  # for each upload; the server of a notebook drops larger messages without a word
 MOST_FILES = 50  # in one upload
+
+
+class Gallery:
+    """Some pictures of a split, in some order, a page at a time.
+
+    Parameters
+    ----------
+    split : Split
+    ask : callable
+        Gives the answers for the whole split, one `Prediction` each; called at most once, for the mistakes.
+
+    Attributes
+    ----------
+    positions : list of int
+        The pictures to browse, as positions in the split; at most `LONGEST`.
+    total : int
+        How many fit the choice, shown or not.
+    answers : list of Prediction or None
+        Known once the mistakes have been asked for.
+    """
+
+    def __init__(self, split: Split, ask: Callable[[], list[Prediction]]):
+        self.split, self.ask, self.answers = split, ask, None
+        self.browse()
+
+    def browse(self, label: int | None = None, order: str = "stored", seed: int = 0) -> None:
+        """Choose what to browse: a class or all of them (`None`), and in which of `ORDERS`.
+
+        Nothing changes if it fails, as it does when `ask` fails.
+        """
+        if order not in ORDERS:
+            raise ValueError(unknown("order", order, ORDERS))
+        labels = self.split.labels.cpu().numpy()
+        found = np.arange(len(labels)) if label is None else np.flatnonzero(labels == label)
+        if order == "random":
+            found = np.random.default_rng(seed).permutation(found)
+        if order == "mistakes":
+            self.answers = self.answers or self.ask()
+            wrong = [position for position in found if self.answers[position].index != labels[position]]
+            found = sorted(wrong, key=lambda position: -self.answers[position].probability)
+        self.label, self.order, self.start = label, order, 0
+        self.total, self.positions = len(found), [int(position) for position in found[:LONGEST]]
+
+    def page(self) -> list[int]:
+        """The positions shown now, at most `PAGE`."""
+        return self.positions[self.start : self.start + PAGE]
+
+    def has(self, pages: int) -> bool:
+        """Whether there is a page so many pages on, or back if negative."""
+        return 0 <= self.start + pages * PAGE < len(self.positions)
+
+    def turn(self, pages: int) -> None:
+        """Go on by so many pages, or back if negative, unless there are none there."""
+        if self.has(pages):
+            self.start += pages * PAGE
+
+
+def reduced(image: Tensor) -> Image.Image:
+    """A picture [3, H, W] as it is shown: at most `WIDTH` pixels at its longer side."""
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    picture.thumbnail((WIDTH, WIDTH), Image.Resampling.BOX)
+    return picture
 
 
 @dataclass
@@ -41,9 +118,9 @@ class Choice:
         Width and height as given.
     squares : dict of str to uint8 Tensor [3, 32, 32]
         What the network sees, for each of `FITS`.
-    notes : tuple of str
-        What was done to the picture in reading it, in English.
-    problem : str
+    notes : tuple of Note
+        What was done to the picture in reading it.
+    problem : ImageError, WidgetError or None
         Why it cannot be read, if so.
     answers : list of Prediction
         One for each model; empty until asked.
@@ -56,51 +133,38 @@ class Choice:
     shown: Image.Image | None = None
     size: tuple[int, int] = (0, 0)
     squares: dict[str, Tensor] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    problem: str = ""
+    notes: tuple[Note, ...] = ()
+    problem: CifarFtError | None = None
     answers: list[Prediction] = field(default_factory=list)
     heats: list[tuple[np.ndarray, Image.Image]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, picture: Picture, **about) -> Choice:
-        """For a picture that has been read."""
-        squares = {fit: square(picture.image, fit) for fit in FITS}
-        return cls(shown=reduced(picture.image), size=picture.size, squares=squares, notes=picture.notes, **about)
-
-    @classmethod
-    def upload(cls, name: str, content: bytes) -> Choice:
-        """For an uploaded file, readable or not."""
+    def read(cls, source: Tensor | bytes, name: str = "", sample: int | None = None) -> Choice:
+        """For a sample image or an uploaded file, readable or not."""
         try:
-            if len(content) > MOST_MIB * 2**20:
-                mib = len(content) / 2**20
-                raise ImageError(f"{mib:.1f} MiB; at most {MOST_MIB} MiB are allowed, make it smaller")
-            picture = read_picture(bytes(content))
-        except ImageError as error:
-            return cls(name, problem=str(error).removeprefix("the picture").removeprefix(": ").strip())
-        return cls.of(picture, name=name)
+            if isinstance(source, bytes) and len(source) > MOST_MIB * 2**20:
+                raise WidgetError("file_too_large", mib=len(source) / 2**20, allowed=MOST_MIB)
+            picture = read_picture(source)
+        except (ImageError, WidgetError) as error:
+            return cls(name, sample, problem=error)
+        squares = {fit: square(picture.image, fit) for fit in FITS}
+        return cls(name, sample, reduced(picture.image), picture.size, squares, picture.notes)
 
     def forget(self) -> None:
         """Drop all that the models said."""
         self.answers, self.heats = [], []
 
 
-class PredictionModel:
-    """What is chosen, what the models said about it, or what went wrong; without any widget.
+class WidgetState:
+    """What is chosen, what the models said about it, or what went wrong.
 
     Whatever is chosen, the earlier answer is gone, so that an answer never stands beside another picture.
-
-    Parameters
-    ----------
-    predictor : Predictor
-        Or anything with its `predict` and `source`.
-    samples : Split, optional
-        The pictures to browse; by default the 200 that the package ships.
-    other : Predictor, optional
-        A second model to compare with.
-    lang : {"en", "fr"}
+    Parameters are those of `PredictionWidget`.
 
     Attributes
     ----------
+    models : list of Predictor
+        One or two.
     choices : list of Choice
         A sample image, or the files of one upload.
     position : int
@@ -109,8 +173,8 @@ class PredictionModel:
         How a picture becomes square.
     heat_map : bool
         Whether answers come with a heat map.
-    error : str
-        What went wrong last, in English.
+    error, heat_error : CifarFtError or None
+        What went wrong last, and with the heat map.
     """
 
     def __init__(
@@ -128,12 +192,7 @@ class PredictionModel:
 
     def clear(self) -> None:
         """Forget the pictures and all that was said about them."""
-        self.choices, self.position, self.error, self.heat_error = [], 0, "", ""
-
-    @property
-    def predictor(self) -> Predictor:
-        """The first model."""
-        return self.models[0]
+        self.choices, self.position, self.error, self.heat_error = [], 0, None, None
 
     @property
     def chosen(self) -> Choice | None:
@@ -143,74 +202,53 @@ class PredictionModel:
     @property
     def name(self) -> str:
         """Of the picture shown, as people know it."""
-        if self.chosen is None or self.chosen.sample is None:
-            return self.chosen.name if self.chosen else ""
-        return self.say("sample_name", line=self.sample_name(self.chosen.sample))
+        if self.chosen is None:
+            return ""
+        sample = self.chosen.sample
+        return self.chosen.name if sample is None else self.say("sample_name", line=self._line(sample))
 
     @property
-    def uploaded(self) -> bool:
-        """Whether the picture shown is an upload."""
-        return self.chosen is not None and self.chosen.sample is None
-
-    @property
-    def true_label(self) -> str | None:
-        """The class of the picture shown, in English; known for sample images only."""
-        if self.chosen is None or self.chosen.sample is None:
-            return None
-        return CLASSES[self.samples.labels[self.chosen.sample]]
-
-    @property
-    def prediction(self) -> Prediction | None:
-        """What the first model said about the picture shown."""
-        return self.chosen.answers[0] if self.chosen and self.chosen.answers else None
+    def true_index(self) -> int | None:
+        """The class of the picture shown, 0 to 9; known for sample images only."""
+        sample = self.chosen.sample if self.chosen else None
+        return None if sample is None else int(self.samples.labels[sample])
 
     def say(self, key: str, **values) -> str:
         """A text in the language chosen."""
         return text(self.lang, key, **values)
 
-    def sample_name(self, position: int) -> str:
-        """Which sample image this is, in a few words."""
-        label = LABELS[self.lang][self.samples.labels[position]]
-        index = self.samples.indices[position].item()
-        return self.say("sample_line", number=position + 1, label=label, index=index)
-
-    def sample_names(self) -> list[str]:
+    def sample_lines(self) -> list[str]:
         """A line for each sample image that can be browsed now, all different; mistakes with what was said."""
-        names = [self.sample_name(position) for position in self.gallery.positions]
+        lines = [self._line(position) for position in self.gallery.positions]
         if self.gallery.order != "mistakes":
-            return names
+            return lines
         said = [self.gallery.answers[position] for position in self.gallery.positions]
-        return [f"{name}, {self._taken_for(answer)}" for name, answer in zip(names, said, strict=True)]
+        sure = [{"label": LABELS[self.lang][a.index], "percent": percent(self.lang, a.probability)} for a in said]
+        return [f"{line}, {self.say('taken_for', **values)}" for line, values in zip(lines, sure, strict=True)]
 
-    def _taken_for(self, answer: Prediction) -> str:
-        label, sure = LABELS[self.lang][answer.index], percent(self.lang, answer.probability)
-        return self.say("taken_for", label=label, percent=sure)
+    def _line(self, position: int) -> str:
+        label, index = LABELS[self.lang][self.samples.labels[position]], self.samples.indices[position].item()
+        return self.say("sample_line", number=position + 1, label=label, index=index)
 
     def choose_sample(self, position: int | None) -> None:
         """Choose a sample image by its position in the split; `None` chooses nothing."""
         self.clear()
         if position is not None:
-            self.choices = [Choice.of(read_picture(self.samples.images[position]), sample=position)]
+            self.choices = [Choice.read(self.samples.images[position], sample=position)]
 
     def choose_uploads(self, files: list[tuple[str, bytes]]) -> None:
-        """Choose uploaded files by name and content. Raises ImageError when there are too many.
+        """Choose uploaded files by name and content. Raises WidgetError when there are too many.
 
         A file that is no picture keeps its problem, and the others can still be asked about.
         """
         self.clear()
         if len(files) > MOST_FILES:
-            raise ImageError(f"{len(files):,} pictures at a time are too many; choose at most {MOST_FILES}")
-        self.choices = [Choice.upload(name, content) for name, content in files]
-
-    def choose_upload(self, name: str, content: bytes) -> None:
-        """Choose one uploaded file. Raises ImageError when it is no picture."""
-        self.choose_uploads([(name, content)])
-        if self.chosen.problem:
-            raise ImageError(self.chosen.problem)
+            raise WidgetError("too_many_files", number=len(files), allowed=MOST_FILES)
+        self.choices = [Choice.read(content, name) for name, content in files]
 
     def show(self, position: int) -> None:
         """Show another file of the same upload, with its own answer where it has one."""
-        self.position, self.error = position, ""
+        self.position, self.error = position, None
         self._explain()
 
     def set_language(self, lang: str) -> None:
@@ -219,9 +257,7 @@ class PredictionModel:
 
     def set_fit(self, fit: str) -> None:
         """Make pictures square in another way; answers for the former way are gone. Raises ImageError."""
-        if fit not in FITS:
-            raise ImageError(f"unknown fit {fit!r}; choose {' or '.join(FITS)}")
-        self.fit, self.error, self.heat_error = fit, "", ""
+        self.fit, self.error, self.heat_error = checked_fit(fit), None, None
         for choice in self.choices:
             choice.forget()
 
@@ -231,13 +267,13 @@ class PredictionModel:
         self._explain()
 
     def predict(self) -> None:
-        """Ask the models about every picture chosen. Raises ImageError when there is none to ask about."""
-        self.error = ""
+        """Ask the models about every picture chosen. Raises the error to show when there is none to ask about."""
+        self.error = None
         for choice in self.choices:
             choice.forget()
         readable = [choice for choice in self.choices if not choice.problem]
         if not readable:
-            raise ImageError(self.chosen.problem if self.chosen else NOTHING_CHOSEN)
+            raise self.chosen.problem if self.chosen else WidgetError("nothing_chosen")
         squares = [choice.squares[self.fit] for choice in readable]
         answered = [model.predict(squares) for model in self.models]
         for choice, *said in zip(readable, *answered, strict=True):
@@ -246,26 +282,23 @@ class PredictionModel:
 
     def _explain(self) -> None:
         """Add heat maps to the answer shown if they are wanted; the answer stays if that fails."""
-        self.heat_error = ""
-        chosen = self.chosen
+        self.heat_error, chosen = None, self.chosen
         if not self.heat_map or chosen is None or not chosen.answers or chosen.heats:
             return
         try:
-            from cifar_ft.predictions import grad_cam, overlay
-
             seen = chosen.squares[self.fit]
             heats = [grad_cam(model, seen) for model in self.models]
             chosen.heats = [(heat, Image.fromarray(overlay(seen, heat))) for heat in heats]
         except Exception as error:
-            self.heat_error = message(error)
+            self.heat_error = sayable(error)
 
     def fail(self, error: Exception) -> None:
         """Keep what went wrong in place of an answer."""
         for choice in self.choices:
             choice.forget()
-        self.error = message(error)
+        self.error = sayable(error)
 
-    def preview(self) -> PredictionModel:
+    def preview(self) -> WidgetState:
         """A copy that has been asked about the picture shown, or has failed at it; this one stays as it is."""
         preview = copy.copy(self)
         preview.choices = [replace(choice) for choice in self.choices]
@@ -276,7 +309,8 @@ class PredictionModel:
         return preview
 
 
-def message(error: Exception) -> str:
-    """What went wrong, in words for people."""
-    known = isinstance(error, CifarFtError)
-    return str(error) if known else f"unexpected error, {type(error).__name__}: {error}"
+def sayable(error: Exception) -> CifarFtError:
+    """An error that has words for people: itself, or one that says it was not expected."""
+    if isinstance(error, CifarFtError):
+        return error
+    return WidgetError("unexpected", reason=f"{type(error).__name__}: {error}")

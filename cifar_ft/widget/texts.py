@@ -1,196 +1,179 @@
 """What the prediction widget says, in English and French.
 
-Texts of the widget itself stand in `TEXTS`; what other modules say about a picture (notes, errors) comes in
-English and is translated by `translated` where it is known.
+Errors and notes about a picture carry a code and values; the English sentence of each code is `predictions.MESSAGES`.
 """
 
 from __future__ import annotations
 
-import re
+from numbers import Real
+from string import Formatter
 
 from cifar_ft import CifarFtError
 from cifar_ft.data import CLASSES
+from cifar_ft.files import unknown
+from cifar_ft.predictions import MESSAGES, ImageError, Note
 
 LANGUAGES = {"en": "English", "fr": "français"}
 LABELS = {
     "en": CLASSES,
     "fr": ("avion", "automobile", "oiseau", "chat", "cerf", "chien", "grenouille", "cheval", "bateau", "camion"),
 }
-
-
-NOTHING_CHOSEN = "no picture is chosen; choose a sample image or upload a picture"
-ENGLISH = {
-    "language": "Language",
-    "heading_choose": "Choose a picture",
-    "heading_ask": "Ask the model",
-    "kind": "Class",
-    "all_kinds": "all classes",
-    "order": "Order",
-    "stored": "as stored",
-    "random": "at random",
-    "mistakes": "most confident mistakes first",
-    "shuffle": "Draw others at random",
-    "earlier": "Previous pictures",
-    "later": "Next pictures",
-    "page": "pictures {first} to {last} of {total}",
-    "page_of_more": "pictures {first} to {last} of {shown}, drawn from {total}",
-    "no_pictures": "no such picture",
-    "no_mistakes": "no mistakes here",
-    "searching": "asking the model about {total} pictures...",
-    "sample": "Sample image",
-    "choose": "choose a sample image",
-    "sample_line": "{number}: {label} (test image {index})",
-    "taken_for": "taken for {label}, {percent}",
-    "sample_name": "sample {line}",
-    "upload": "Upload pictures (at most 10 MiB in all)",
-    "file": "Uploaded picture",
-    "fit": "A picture that is not square",
-    "crop": "is cut to its middle",
-    "pad": "is shown whole, with black borders",
-    "heat_map": "Heat map",
-    "predict": "Predict",
-    "as_given": "as given",
-    "given_size": "as given, {width} x {height} pixels",
-    "as_seen": "as the network sees it",
-    "seen_crop": "as the network sees it, cut to its middle",
-    "seen_pad": "as the network sees it, whole with black borders",
-    "notes": "This picture: {notes}.",
-    "predicted": "{name}: predicted {label}, {percent}",
-    "true_label": "; true label {label}, {verdict}",
-    "correct": "correct",
-    "wrong": "wrong",
-    "model": "Model: {source}",
-    "model_number": "model {number}",
-    "agree": "The two models agree.",
-    "disagree": "The two models disagree.",
-    "unknown": "Unlike anything in CIFAR-10.",
-    "unknown_why": "The model can only answer with one of its ten classes, so do not trust this answer.",
-    "false_alarms": "About {percent} of CIFAR-10's own pictures get this warning too.",
-    "colon": ": ",
-    "class": "class",
-    "probability": "probability",
-    "is_true": "{label} (true label)",
-    "heat_caption": "heat map: bright parts spoke most for {label}",
-    "heat_alt": "Heat map of {name} for {label}, brightest {where}",
-    "summary": "All uploaded pictures",
-    "picture": "picture",
-    "answer": "answer",
-    "error": "Error:",
-    "preview": "Preview; run the notebook to choose other pictures.",
+# The widget's own words, in English and French.
+TEXTS = {
+    "language": ("Language", "Langue"),
+    "heading_choose": ("Choose a picture", "Choisir une image"),
+    "heading_ask": ("Ask the model", "Interroger le modèle"),
+    "kind": ("Class", "Classe"),
+    "all_kinds": ("all classes", "toutes les classes"),
+    "order": ("Order", "Ordre"),
+    "stored": ("as stored", "comme enregistré"),
+    "random": ("at random", "au hasard"),
+    "mistakes": ("most confident mistakes first", "erreurs les plus sûres d'abord"),
+    "shuffle": ("Draw others at random", "En tirer d'autres au hasard"),
+    "earlier": ("Previous pictures", "Images précédentes"),
+    "later": ("Next pictures", "Images suivantes"),
+    "page": ("pictures {first} to {last} of {total:,}", "images {first} à {last} sur {total:,}"),
+    "page_of_more": (
+        "pictures {first} to {last} of {shown:,}, drawn from {total:,}",
+        "images {first} à {last} sur {shown:,}, tirées de {total:,}",
+    ),
+    "no_pictures": ("no such picture", "aucune image de ce genre"),
+    "no_mistakes": ("no mistakes here", "aucune erreur ici"),
+    "searching": ("asking the model about {total:,} pictures...", "le modèle examine {total:,} images..."),
+    "sample": ("Sample image", "Image d'exemple"),
+    "choose": ("choose a sample image", "choisir une image d'exemple"),
+    "sample_line": ("{number}: {label} (test image {index})", "{number}\xa0: {label} (image de test {index})"),
+    "taken_for": ("taken for {label}, {percent}", "prise pour {label}, {percent}"),
+    "sample_name": ("sample {line}", "exemple {line}"),
+    "upload": ("Upload pictures (at most 10 MiB in all)", "Envoyer des images (10\xa0Mio au plus en tout)"),
+    "file": ("Uploaded picture", "Image envoyée"),
+    "fit": ("A picture that is not square", "Une image qui n'est pas carrée"),
+    "crop": ("is cut to its middle", "est coupée autour de son milieu"),
+    "pad": ("is shown whole, with black borders", "est montrée entière, avec des bords noirs"),
+    "heat_map": ("Heat map", "Carte de chaleur"),
+    "predict": ("Predict", "Prédire"),
+    "as_given": ("as given", "telle quelle"),
+    "given_size": ("as given, {width} x {height} pixels", "telle quelle, {width} x {height} pixels"),
+    "as_seen": ("as the network sees it", "telle que le réseau la voit"),
+    "seen_crop": (
+        "as the network sees it, cut to its middle",
+        "telle que le réseau la voit, coupée autour de son milieu",
+    ),
+    "seen_pad": (
+        "as the network sees it, whole with black borders",
+        "telle que le réseau la voit, entière avec des bords noirs",
+    ),
+    "notes": ("This picture: {notes}.", "Cette image\xa0: {notes}."),
+    "predicted": ("{name}: predicted {label}, {percent}", "{name}\xa0: prédiction {label}, {percent}"),
+    "true_label": ("; true label {label}, {verdict}", "\xa0; vraie classe {label}, {verdict}"),
+    "correct": ("correct", "juste"),
+    "wrong": ("wrong", "faux"),
+    "model": ("Model: {source}", "Modèle\xa0: {source}"),
+    "model_number": ("model {number}", "modèle {number}"),
+    "agree": ("The two models agree.", "Les deux modèles sont d'accord."),
+    "disagree": ("The two models disagree.", "Les deux modèles ne sont pas d'accord."),
+    "unknown": ("Unlike anything in CIFAR-10.", "Ne ressemble à rien de CIFAR-10."),
+    "unknown_why": (
+        "The model can only answer with one of its ten classes, so do not trust this answer.",
+        "Le modèle ne peut répondre que par une de ses dix classes\xa0: ne vous fiez pas à cette réponse.",
+    ),
+    "false_alarms": (
+        "About {percent:.0f} % of CIFAR-10's own pictures get this warning too.",
+        "Environ {percent:.0f}\xa0% des images de CIFAR-10 reçoivent aussi cet avertissement.",
+    ),
+    "colon": (": ", "\xa0: "),
+    "class": ("class", "classe"),
+    "probability": ("probability", "probabilité"),
+    "is_true": ("{label} (true label)", "{label} (vraie classe)"),
+    "heat_caption": (
+        "heat map: bright parts spoke most for {label}",
+        "carte de chaleur\xa0: les parties claires ont le plus parlé pour {label}",
+    ),
+    "heat_alt": (
+        "Heat map of {name} for {label}, brightest {where}",
+        "Carte de chaleur de {name} pour {label}, la plus claire {where}",
+    ),
+    "summary": ("All uploaded pictures", "Toutes les images envoyées"),
+    "picture": ("picture", "image"),
+    "answer": ("answer", "réponse"),
+    "error": ("Error:", "Erreur\xa0:"),
+    "preview": (
+        "Preview; run the notebook to choose other pictures.",
+        "Aperçu\xa0; exécutez le notebook pour choisir d'autres images.",
+    ),
+    "percent": ("{number:.1f} %", "{number:.1f}\xa0%"),
+    # where a heat map is brightest, by thirds: row and column from the top left
+    "place_none": ("nowhere", "nulle part"),
+    "place_00": ("in the upper left", "en haut à gauche"),
+    "place_01": ("at the top", "en haut"),
+    "place_02": ("in the upper right", "en haut à droite"),
+    "place_10": ("on the left", "à gauche"),
+    "place_11": ("in the middle", "au milieu"),
+    "place_12": ("on the right", "à droite"),
+    "place_20": ("in the lower left", "en bas à gauche"),
+    "place_21": ("at the bottom", "en bas"),
+    "place_22": ("in the lower right", "en bas à droite"),
+    # the codes of WidgetError
+    "nothing_chosen": (
+        "no picture is chosen; choose a sample image or upload a picture",
+        "aucune image n'est choisie\xa0; choisissez une image d'exemple ou envoyez une image",
+    ),
+    "too_many_files": (
+        "{number:,} pictures at a time are too many; choose at most {allowed}",
+        "{number:,} images à la fois, c'est trop\xa0; choisissez-en {allowed} au plus",
+    ),
+    "file_too_large": (
+        "{mib:.1f} MiB; at most {allowed} MiB are allowed, make it smaller",
+        "{mib:.1f}\xa0Mio\xa0; au plus {allowed}\xa0Mio sont permis, réduisez-la",
+    ),
+    "browser_failed": (
+        "the browser could not read the file: {reason}",
+        "le navigateur n'a pas pu lire le fichier\xa0: {reason}",
+    ),
+    "unexpected": ("unexpected error, {reason}", "erreur inattendue, {reason}"),
 }
-
-
+# The sentences of `MESSAGES`: what was done to a picture, and why one is refused.
 FRENCH = {
-    "language": "Langue",
-    "heading_choose": "Choisir une image",
-    "heading_ask": "Interroger le modèle",
-    "kind": "Classe",
-    "all_kinds": "toutes les classes",
-    "order": "Ordre",
-    "stored": "comme enregistré",
-    "random": "au hasard",
-    "mistakes": "erreurs les plus sûres d'abord",
-    "shuffle": "En tirer d'autres au hasard",
-    "earlier": "Images précédentes",
-    "later": "Images suivantes",
-    "page": "images {first} à {last} sur {total}",
-    "page_of_more": "images {first} à {last} sur {shown}, tirées de {total}",
-    "no_pictures": "aucune image de ce genre",
-    "no_mistakes": "aucune erreur ici",
-    "searching": "le modèle examine {total} images...",
-    "sample": "Image d'exemple",
-    "choose": "choisir une image d'exemple",
-    "sample_line": "{number}\xa0: {label} (image de test {index})",
-    "taken_for": "prise pour {label}, {percent}",
-    "sample_name": "exemple {line}",
-    "upload": "Envoyer des images (10\xa0Mio au plus en tout)",
-    "file": "Image envoyée",
-    "fit": "Une image qui n'est pas carrée",
-    "crop": "est coupée autour de son milieu",
-    "pad": "est montrée entière, avec des bords noirs",
-    "heat_map": "Carte de chaleur",
-    "predict": "Prédire",
-    "as_given": "telle quelle",
-    "given_size": "telle quelle, {width} x {height} pixels",
-    "as_seen": "telle que le réseau la voit",
-    "seen_crop": "telle que le réseau la voit, coupée autour de son milieu",
-    "seen_pad": "telle que le réseau la voit, entière avec des bords noirs",
-    "notes": "Cette image\xa0: {notes}.",
-    "predicted": "{name}\xa0: prédiction {label}, {percent}",
-    "true_label": "\xa0; vraie classe {label}, {verdict}",
-    "correct": "juste",
-    "wrong": "faux",
-    "model": "Modèle\xa0: {source}",
-    "model_number": "modèle {number}",
-    "agree": "Les deux modèles sont d'accord.",
-    "disagree": "Les deux modèles ne sont pas d'accord.",
-    "unknown": "Ne ressemble à rien de CIFAR-10.",
-    "unknown_why": "Le modèle ne peut répondre que par une de ses dix classes\xa0: ne vous fiez pas à cette réponse.",
-    "false_alarms": "Environ {percent} des images de CIFAR-10 reçoivent aussi cet avertissement.",
-    "colon": "\xa0: ",
-    "class": "classe",
-    "probability": "probabilité",
-    "is_true": "{label} (vraie classe)",
-    "heat_caption": "carte de chaleur\xa0: les parties claires ont le plus parlé pour {label}",
-    "heat_alt": "Carte de chaleur de {name} pour {label}, la plus claire {where}",
-    "summary": "Toutes les images envoyées",
-    "picture": "image",
-    "answer": "réponse",
-    "error": "Erreur\xa0:",
-    "preview": "Aperçu\xa0; exécutez le notebook pour choisir d'autres images.",
-}
-
-
-TEXTS = {"en": ENGLISH, "fr": FRENCH}
-PLACES = {
-    "en": (
-        ("in the upper left", "at the top", "in the upper right"),
-        ("on the left", "in the middle", "on the right"),
-        ("in the lower left", "at the bottom", "in the lower right"),
-    ),
-    "fr": (
-        ("en haut à gauche", "en haut", "en haut à droite"),
-        ("à gauche", "au milieu", "à droite"),
-        ("en bas à gauche", "en bas", "en bas à droite"),
-    ),
-}
-
-
-NOWHERE = {"en": "nowhere", "fr": "nulle part"}
-# Whole messages of `pictures` and of the widget's own logic, and what they are in French.
-KNOWN = {
-    r"the first of several frames": r"la première de plusieurs vues",
-    r"frame (\d+) of several": r"la vue \1 de plusieurs",
-    r"turned upright as its EXIF data say": r"redressée selon ses données EXIF",
-    r"every second pixel left out, as it is very large": r"un pixel sur deux laissé de côté, car elle est très grande",
-    r"brightness scaled to 8 bits": r"luminosité ramenée à 8 bits",
-    r"brightness taken as 8 bits": r"luminosité prise pour 8 bits",
-    r"transparent parts shown on white": r"parties transparentes sur fond blanc",
-    r"printing colours \(CMYK\) converted": r"couleurs d'imprimerie (CMJN) converties",
-    re.escape(NOTHING_CHOSEN): r"aucune image n'est choisie ; choisissez une image d'exemple ou envoyez une image",
-    r"not a picture that can be read here; use (.+) or (\w+)": (
-        r"ce n'est pas une image lisible ici ; utilisez \1 ou \2"
-    ),
-    r"(?:is )?empty: 0 bytes; choose a picture file": r"vide : 0 octet ; choisissez un fichier d'image",
-    r"too large: ([\d,]+) x ([\d,]+) pixels; at most ([\d,]+) are allowed": (
-        r"trop grande : \1 x \2 pixels ; au plus \3 sont permis"
-    ),
-    r"too large; at most ([\d,]+) pixels are allowed, make it smaller": (
-        r"trop grande ; au plus \1 pixels sont permis, réduisez-la"
-    ),
-    r"too large for JPEG 2000: ([\d,]+) x ([\d,]+) pixels; at most ([\d,]+) are allowed, save it as PNG": (
-        r"trop grande pour JPEG 2000 : \1 x \2 pixels ; au plus \3 sont permis, enregistrez-la en PNG"
-    ),
-    r"([\d.]+) MiB; at most (\d+) MiB are allowed, make it smaller": (
-        r"\1 Mio ; au plus \2 Mio sont permis, réduisez-la"
-    ),
-    r"([\d,]+) pictures at a time are too many; choose at most (\d+)": (
-        r"\1 images à la fois, c'est trop ; choisissez-en \2 au plus"
-    ),
-    r"damaged, incomplete or of an unknown kind \((.+)\); get it again": (
-        r"endommagée, incomplète ou d'un genre inconnu (\1) ; procurez-la-vous à nouveau"
-    ),
-    r"unexpected error, (.+)": r"erreur inattendue, \1",
+    "first_frame": "la première de plusieurs vues",
+    "one_frame": "la vue {frame} de plusieurs",
+    "turned_upright": "redressée selon ses données EXIF",
+    "halved": "un pixel sur deux laissé de côté, car elle est très grande",
+    "taken_as_8_bits": "luminosité prise pour 8 bits",
+    "scaled_to_8_bits": "luminosité ramenée à 8 bits",
+    "transparent_on_white": "parties transparentes sur fond blanc",
+    "cmyk_converted": "couleurs d'imprimerie (CMJN) converties",
+    "cropped": "les {side} x {side} pixels du milieu de {width} x {height}",
+    "padded": "tous les {width} x {height} pixels, avec des bords noirs",
+    "empty": "vide, 0 octet\xa0; choisissez un fichier d'image",
+    "not_a_picture": "ce n'est pas une image lisible ici\xa0; utilisez PNG, JPEG, GIF, WebP, BMP ou TIFF",
+    "damaged": "endommagée, incomplète ou d'un genre inconnu ({reason})\xa0; procurez-la-vous à nouveau",
+    "no_pixels": "{width} x {height} pixels ne font pas une image\xa0; il en faut au moins 1 de chaque côté",
+    "too_large": "trop grande\xa0: {width:,} x {height:,} pixels\xa0; au plus {allowed:,} sont permis",
+    "far_too_large": "trop grande\xa0; au plus {allowed:,} pixels sont permis, réduisez-la",
+    "too_large_jpeg2000": "trop grande pour JPEG 2000\xa0: {width:,} x {height:,} pixels\xa0; au plus {allowed:,} sont "
+    "permis, enregistrez-la en PNG",
+    "tile_too_large": "une tuile de {width:,} x {height:,} pixels est trop grande\xa0; au plus {allowed:,} sont permis",
+    "too_many_scans": "{scans:,} passes prendraient trop de temps\xa0; au plus {allowed} sont permises, enregistrez-la "
+    "à nouveau",
+    "missing": "il n'y a pas de fichier {path}",
+    "folder": "{path} est un dossier\xa0; donnez une image, ou le dossier à predict_paths",
+    "not_a_file": "{path} n'est pas un fichier ordinaire\xa0; choisissez un fichier d'image",
+    "address": "{path} est une adresse\xa0; téléchargez l'image et donnez son chemin",
+    "opened_as_text": 'l\'image est ouverte comme texte\xa0; ouvrez-la avec le mode "rb"',
+    "wrong_type": "{kind} ne se lit pas comme une image\xa0; donnez un chemin, des octets, un fichier, une image "
+    "PIL, un tableau ou un tenseur",
+    "wrong_shape": "la forme {shape} n'est pas une image\xa0; donnez {wanted}, avec 1, 3 ou 4 canaux",
+    "empty_shape": "la forme {shape} n'a pas de pixels\xa0; il en faut au moins 1 de chaque côté",
+    "wrong_dtype": "pixels de type {dtype}\xa0; utilisez uint8 (0 à 255), uint16 (0 à 65\u202f535) ou des flottants "
+    "de 0 à 1",
+    "not_finite": "des pixels sont NaN ou infinis\xa0; utilisez des valeurs finies de 0 à 1",
+    "below_0": "des flottants doivent aller de 0 à 1\xa0; ceux-ci vont de {low:.4g} à {high:.4g}, annulez une "
+    "normalisation avec transforms.denormalize",
+    "above_1": "des flottants doivent aller de 0 à 1\xa0; ceux-ci vont de {low:.4g} à {high:.4g}, divisez par 255 ou "
+    "donnez des uint8",
+    "unknown_fit": "cadrage {fit!r} inconnu\xa0; choisissez crop ou pad",
+    "unreadable_folder": "ce dossier est illisible\xa0: {reason}",
+    "no_pictures": "il n'y a pas d'images dans ce dossier\xa0; cherché\xa0: {endings}",
 }
 
 
@@ -198,39 +181,47 @@ class LanguageError(CifarFtError, ValueError):
     """A language that the widget does not speak."""
 
 
+class WidgetError(CifarFtError, ValueError):
+    """Something that the widget cannot do; `code` and `values` say it in either language."""
+
+    def __init__(self, code: str, /, **values):
+        super().__init__(text("en", code, **values))
+        self.code, self.values = code, values
+
+
+class _French(Formatter):
+    """Fills gaps with 1,234.5 as French writes it, with a narrow space and a comma."""
+
+    def format_field(self, value, spec):
+        said = super().format_field(value, spec)
+        return said.translate({ord(","): "\u202f", ord("."): ","}) if isinstance(value, Real) else said
+
+
 def checked_language(lang: str) -> str:
     """`lang` itself. Raises LanguageError unless it is one of `LANGUAGES`."""
     if lang not in LANGUAGES:
-        raise LanguageError(f"unknown language {lang!r}; choose from {', '.join(LANGUAGES)}")
+        raise LanguageError(unknown("language", lang, LANGUAGES))
     return lang
 
 
 def text(lang: str, key: str, **values) -> str:
     """One of the widget's texts, with its gaps filled."""
-    return TEXTS[lang][key].format(**values)
+    return _filled(lang, *TEXTS[key], values)
 
 
-def percent(lang: str, probability: float, digits: int = 1) -> str:
-    """0.912 as "91.2 %", in French "91,2 %"."""
-    number = f"{100 * probability:.{digits}f}"
-    return f"{number} %" if lang == "en" else f"{number.replace('.', ',')}\xa0%"
+def _filled(lang: str, english: str, french: str, values: dict) -> str:
+    return english.format(**values) if lang == "en" else _French().vformat(french, (), values)
 
 
-def count(lang: str, number: int) -> str:
-    """1000 as "1,000", in French with a narrow space."""
-    return f"{number:,}" if lang == "en" else f"{number:,}".replace(",", "\u202f")
+def percent(lang: str, probability: float) -> str:
+    """0.912 as "91.2 %", in French "91,2 %" with a space that does not break."""
+    return text(lang, "percent", number=100 * probability)
 
 
-def translated(lang: str, message: str) -> tuple[str, str]:
-    """A message that came in English, in `lang` where it is known, and the language that it is in now."""
-    if lang == "fr":
-        for known, french in KNOWN.items():
-            if match := re.fullmatch(known, message, re.DOTALL):
-                said = re.sub(r" ([;:])", "\xa0\\1", match.expand(french))
-                return said if ".+" in known else _numbers(said), "fr"
-    return message, "en"
-
-
-def _numbers(english: str) -> str:
-    """1,000.5 as French writes it, wherever it stands."""
-    return re.sub(r"(?<=\d)\.(?=\d)", ",", re.sub(r"(?<=\d),(?=\d{3})", "\u202f", english))
+def explained(lang: str, problem: object) -> tuple[str, str]:
+    """An error or a note in `lang`, or in English where it has no code; and the language that it is in."""
+    if isinstance(problem, WidgetError):
+        return text(lang, problem.code, **problem.values), lang
+    if isinstance(problem, (ImageError, Note)):
+        return _filled(lang, MESSAGES[problem.code], FRENCH[problem.code], problem.values), lang
+    return str(problem), "en"

@@ -1,6 +1,6 @@
 """The gallery of the prediction widget: thumbnails to click, lists that say which, and the controls they share.
 
-Which pictures there are is `gallery.Gallery`'s business; here they are only shown. ipywidgets 7.7 and 8.
+Which pictures there are is the business of `state.Gallery`; here they are only shown. ipywidgets 7.7 and 8.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from uuid import uuid4
 
 import ipywidgets as widgets
 
-from cifar_ft.widget.gallery import ORDERS, PAGE, data_uri, reduced
-from cifar_ft.widget.html import alert_html
-from cifar_ft.widget.state import PredictionModel, message
-from cifar_ft.widget.texts import LABELS, count
+from cifar_ft.widget.html import alert_html, data_uri
+from cifar_ft.widget.state import ORDERS, PAGE, WidgetState, reduced, sayable
+from cifar_ft.widget.texts import LABELS
 
 NOTHING = -1  # in a list; ipywidgets would show an empty line for a choice of None
 # A thumbnail is a button with its picture above its name.
@@ -64,7 +63,7 @@ class Thumbnails(widgets.VBox):
 
     Parameters
     ----------
-    state : PredictionModel
+    state : WidgetState
         Its gallery is browsed here.
     choose : callable
         Called with the position of the picture that a person clicks.
@@ -72,20 +71,20 @@ class Thumbnails(widgets.VBox):
         Called when other pictures are browsed.
     """
 
-    def __init__(self, state: PredictionModel, choose: Callable[[int], None], browsed: Callable[[], None]):
+    def __init__(self, state: WidgetState, choose: Callable[[int], None], browsed: Callable[[], None]):
         self.state, self.choose, self.browsed, self.draws = state, choose, browsed, 0
         self.unique = f"cifar-ft-{uuid4().hex[:8]}"  # an earlier widget may be on the same page
         self.kind, self.order = ChoiceList(), ChoiceList()
         self.shuffle, self.earlier, self.later = button(), button(), button()
         self.buttons = [button(f"{self.unique}-{k}", width="104px", height="90px") for k in range(PAGE)]
         self.pictures, self.page = widgets.HTML(), widgets.HTML()
-        self.kind.on_choice(lambda _: self.browse())
-        self.order.on_choice(lambda _: self.browse())
+        self.kind.on_choice(lambda _: self._browse())
+        self.order.on_choice(lambda _: self._browse())
         self.shuffle.on_click(self._on_shuffle)
         self.earlier.on_click(lambda _: self._turn(-1))
         self.later.on_click(lambda _: self._turn(1))
         for k, thumbnail in enumerate(self.buttons):
-            thumbnail.on_click(lambda _, k=k: self._choose(k))
+            thumbnail.on_click(lambda _, k=k: self._on_thumbnail(k))
         shown = row(*self.buttons, gap="0")
         shown.add_class(self.unique)
         lists, pager = row(self.kind, self.order, self.shuffle), row(self.earlier, self.later, self.page)
@@ -106,7 +105,7 @@ class Thumbnails(widgets.VBox):
         self.kind.fill([(state.say("all_kinds"), NOTHING), *kinds], label)
         self.order.fill([(state.say(order), order) for order in ORDERS], gallery.order)
 
-    def _choose(self, k: int) -> None:
+    def _on_thumbnail(self, k: int) -> None:
         page = self.state.gallery.page()
         if k < len(page):  # else the click was made on an earlier, longer page
             self.choose(page[k])
@@ -114,68 +113,58 @@ class Thumbnails(widgets.VBox):
     def _on_shuffle(self, _button) -> None:
         self.draws += 1
         self.order.fill(self.order.options, "random")
-        self.browse()
-
-    def browse(self) -> None:
-        """Browse what the lists say; where that fails, say so and go on with what was browsed."""
-        state, gallery = self.state, self.state.gallery
-        if self.order.value == "mistakes" and gallery.answers is None:
-            self._say(state.say("searching", total=count(state.lang, len(state.samples))))
-        label = None if self.kind.value == NOTHING else self.kind.value
-        self._wait(True)  # a click made now would choose what stands there later
-        try:
-            gallery.browse(label, self.order.value, self.draws)
-        except Exception as error:
-            self._fill()
-            self.page.value = alert_html(state.lang, message(error))
-            return
-        finally:
-            self._wait(False)
-        self.browsed()
-
-    def _wait(self, wait: bool) -> None:
-        for control in (self.kind, self.order, self.shuffle, *self.buttons):
-            control.disabled = wait
+        self._browse()
 
     def _turn(self, pages: int) -> None:
         self.state.gallery.turn(pages)
         self.show()
 
+    def _browse(self) -> None:
+        """Browse what the lists say; where that fails, say so and stay with what was browsed."""
+        state, gallery = self.state, self.state.gallery
+        if self.order.value == "mistakes" and gallery.answers is None:
+            self._say(state.say("searching", total=len(state.samples)))
+        label = None if self.kind.value == NOTHING else self.kind.value
+        self._disable(True)  # a click made now would choose what stands there later
+        try:
+            gallery.browse(label, self.order.value, self.draws)
+        except Exception as error:
+            self._fill()
+            self.page.value = alert_html(state.lang, sayable(error))
+        else:
+            self.browsed()
+        finally:
+            self._disable(False)
+
+    def _disable(self, disabled: bool) -> None:
+        for control in (self.kind, self.order, self.shuffle, *self.buttons):
+            control.disabled = disabled
+
     def show(self) -> None:
         """Show the page: a button for each picture, and the style that puts the pictures on them."""
-        state, gallery = self.state, self.state.gallery
-        page = gallery.page()
+        state, page = self.state, self.state.gallery.page()
+        chosen = state.chosen.sample if state.chosen else None
         style = STYLE.format(id=self.unique)
         for k, thumbnail in enumerate(self.buttons):
             thumbnail.layout.display = "" if k < len(page) else "none"
-            if k < len(page):
-                uri = data_uri(reduced(state.samples.images[page[k]].cpu()))
-                style += f'.{self.unique} .{self.unique}-{k} {{ background-image: url("{uri}") }}\n'
-                if self._chosen(page[k]):
-                    style += f".{self.unique} .{self.unique}-{k} {{ box-shadow: inset 0 0 0 3px #0173b2 }}\n"
-                self._name(thumbnail, page[k])
+        for k, position in enumerate(page):
+            uri = data_uri(reduced(state.samples.images[position].cpu()))
+            outline = "; box-shadow: inset 0 0 0 3px #0173b2" if position == chosen else ""
+            style += f'.{self.unique} .{self.unique}-{k} {{ background-image: url("{uri}"){outline} }}\n'
+            name = f"{position + 1} {LABELS[state.lang][state.samples.labels[position]]}"
+            self.buttons[k].description = f"\u2713 {name}" if position == chosen else name
         self.pictures.value = f"<style>{style}</style>"
-        self.earlier.disabled, self.later.disabled = not gallery.has(-1), not gallery.has(1)
+        self.earlier.disabled, self.later.disabled = not state.gallery.has(-1), not state.gallery.has(1)
         self._say(self._page_text(page))
-
-    def _name(self, thumbnail: widgets.Button, position: int) -> None:
-        """Name a thumbnail, with a tick where it is chosen."""
-        state = self.state
-        name = f"{position + 1} {LABELS[state.lang][state.samples.labels[position]]}"
-        thumbnail.description = f"\u2713 {name}" if self._chosen(position) else name
-
-    def _chosen(self, position: int) -> bool:
-        return self.state.chosen is not None and self.state.chosen.sample == position
 
     def _page_text(self, page: list[int]) -> str:
         """Which pictures are on the page, of how many."""
         state, gallery = self.state, self.state.gallery
         if not page:
             return state.say("no_mistakes" if gallery.order == "mistakes" else "no_pictures")
-        shown, total = len(gallery.positions), gallery.total
-        numbers = {"first": gallery.start + 1, "last": gallery.start + len(page)}
-        numbers |= {"shown": count(state.lang, shown), "total": count(state.lang, total)}
-        return state.say("page" if shown == total else "page_of_more", **numbers)
+        numbers = {"first": gallery.start + 1, "last": gallery.start + len(page), "total": gallery.total}
+        shown = len(gallery.positions)
+        return state.say("page" if shown == gallery.total else "page_of_more", shown=shown, **numbers)
 
     def _say(self, said: str) -> None:
         self.page.value = f'<div lang="{self.state.lang}" role="status">{said}</div>'

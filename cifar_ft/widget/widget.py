@@ -1,24 +1,20 @@
 """The prediction widget (notebook 06): choose a sample image or upload pictures and see the model's answer.
 
-`PredictionWidget` is a thin skin over `choices.PredictionModel`, made of what ipywidgets 7.7 and 8 have in common.
+`PredictionWidget` is a thin skin over `state.WidgetState`, made of what ipywidgets 7.7 and 8 have in common.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import ipywidgets as widgets
 
 from cifar_ft.data import Split
-from cifar_ft.predictions import SUFFIXES, ImageError, Predictor
+from cifar_ft.predictions import SUFFIXES, Predictor
 from cifar_ft.widget.html import alert_html, picture_html, result_html
-from cifar_ft.widget.state import FITS, PredictionModel
-from cifar_ft.widget.texts import ENGLISH, LANGUAGES
+from cifar_ft.widget.state import FITS, WidgetState
+from cifar_ft.widget.texts import LANGUAGES, WidgetError
 from cifar_ft.widget.thumbnails import NOTHING, ChoiceList, Thumbnails, button, row
-
-UPLOAD = ENGLISH["upload"]
-ACCEPT = ",".join(SUFFIXES)
 
 
 def uploaded_files(value) -> list[tuple[str, bytes]]:
@@ -52,7 +48,7 @@ class PredictionWidget(widgets.VBox):
         other: Predictor | None = None,
         lang: str = "en",
     ):
-        self.state = PredictionModel(predictor, samples, other, lang)
+        self.state = WidgetState(predictor, samples, other, lang)
         self._make_controls()
         super().__init__(self._rows())
         self._relabel()
@@ -83,7 +79,7 @@ class PredictionWidget(widgets.VBox):
 
     def _new_upload(self) -> widgets.FileUpload:
         layout = widgets.Layout(width="auto")
-        upload = widgets.FileUpload(accept=ACCEPT, multiple=True, icon="", layout=layout)
+        upload = widgets.FileUpload(accept=",".join(SUFFIXES), multiple=True, icon="", layout=layout)
         upload.description = self.state.say("upload")
         upload.observe(self._on_upload, "value")
         upload.observe(self._on_upload_error, "error")
@@ -116,9 +112,9 @@ class PredictionWidget(widgets.VBox):
 
     def _on_browsed(self) -> None:
         """A sample that is no longer among those browsed is not chosen any more."""
-        state = self.state
-        gone = state.chosen and not state.uploaded and state.chosen.sample not in state.gallery.positions
-        self._do(state.clear if gone else lambda: None)
+        sample = self.state.chosen.sample if self.state.chosen else None
+        gone = sample is not None and sample not in self.state.gallery.positions
+        self._do(self.state.clear if gone else lambda: None)
 
     def _on_upload(self, change) -> None:
         if change["new"]:
@@ -128,7 +124,7 @@ class PredictionWidget(widgets.VBox):
         """The browser could not read a file."""
         if change["new"]:
             self.state.clear()
-            self._do(partial(self.state.fail, ImageError(f"the browser could not read the file: {change['new']}")))
+            self._do(lambda: self.state.fail(WidgetError("browser_failed", reason=change["new"])))
 
     def _on_heat_map(self, change) -> None:
         self._do(lambda: self.state.set_heat_map(change["new"]))
@@ -162,7 +158,7 @@ class PredictionWidget(widgets.VBox):
         """The lists of sample images and of uploaded files, with what is chosen."""
         state = self.state
         lines = [(state.say("choose"), NOTHING)]
-        lines += zip(state.sample_names(), state.gallery.positions, strict=True)
+        lines += zip(state.sample_lines(), state.gallery.positions, strict=True)
         sample = None if state.chosen is None else state.chosen.sample
         self.sample.fill(lines, NOTHING if sample is None else sample)
         files = [(f"{i + 1}{state.say('colon')}{choice.name}", i) for i, choice in enumerate(state.choices)]
@@ -175,7 +171,7 @@ class PredictionWidget(widgets.VBox):
         preview = self.state.preview()
         note = f"<p>{preview.say('preview')}</p>"
         return {
-            "text/plain": f"PredictionWidget({self.state.predictor.source})",
+            "text/plain": f"PredictionWidget({self.state.models[0].source})",
             "text/html": f'<div lang="{preview.lang}">{note}{picture_html(preview)}{result_html(preview)}</div>',
             "application/vnd.jupyter.widget-view+json": {
                 "version_major": 2,
