@@ -12,24 +12,23 @@ from cifar_ft.data.cifar10 import (
     to_device,
 )
 from cifar_ft.data.downloads import SourceError, download, hub_url, npm_pack
-from cifar_ft.data.loader import EpochBatches, epoch_seed, make_loader
+from cifar_ft.data.loader import Batch, TrainLoader
 from cifar_ft.data.sources import RawCifar10, fetch_cifar10
 
 __all__ = [
     "CLASSES",
+    "Batch",
     "Cifar10",
     "DataError",
-    "EpochBatches",
     "RawCifar10",
     "SourceError",
     "Split",
+    "TrainLoader",
     "download",
-    "epoch_seed",
     "fetch_cifar10",
     "hub_url",
     "load_cifar10",
     "load_samples",
-    "make_loader",
     "npm_pack",
     "pixel_statistics",
     "split_indices",

@@ -1,17 +1,17 @@
 """Chapter 04: the loop, and what stands around it."""
 
-from cifar_ft.training.checkpoint import RunDirectory, TrainingError
+from cifar_ft.training.checkpoint import RunDirectory
 from cifar_ft.training.convolutions import speed_up
 from cifar_ft.training.distributed import start_processes
+from cifar_ft.training.faults import TrainingError
 from cifar_ft.training.fit import fit
 from cifar_ft.training.hardware import Plan, choose_plan, hardware, keep_memory, usable_cpus
 from cifar_ft.training.loop import train_epoch
-from cifar_ft.training.optim import lr_factor
+from cifar_ft.training.optim import lr_factor, make_optimizer, move_average, set_lr
 from cifar_ft.training.probe import fit_head
-from cifar_ft.training.records import FIGURES, keep_figures, new_run_dir, peak_memory_mb, stored_recipe
+from cifar_ft.training.run_files import new_run_dir, peak_memory_mb, stored_recipe
 
 __all__ = [
-    "FIGURES",
     "Plan",
     "RunDirectory",
     "TrainingError",
@@ -19,11 +19,13 @@ __all__ = [
     "fit",
     "fit_head",
     "hardware",
-    "keep_figures",
     "keep_memory",
     "lr_factor",
+    "make_optimizer",
+    "move_average",
     "new_run_dir",
     "peak_memory_mb",
+    "set_lr",
     "speed_up",
     "start_processes",
     "stored_recipe",

@@ -1,4 +1,4 @@
-"""The run directory on disk: written atomically, locked against a second writer, resumable after a kill at any moment.
+"""The run directory while it is written: locked against a second writer, resumable after a kill at any moment.
 
 A checkpoint carries the SHA-256 of its bytes in its name, so that a damaged one is known before it is used.
 """
@@ -14,22 +14,25 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from cifar_ft import CifarFtError, log
+from cifar_ft import log
 from cifar_ft.files import show_path, write_atomic
 from cifar_ft.recipes import Recipe, RecipeError
+from cifar_ft.training.faults import TrainingError
 
 KEEP = 2  # checkpoints: the newest and the one to fall back to
-
-
-class TrainingError(CifarFtError, RuntimeError):
-    """Training that cannot start, go on or be stored."""
+FREE = ("name", "checkpoint_steps", "accumulation", "flip_tta")  # settings that a resumed run may change
 
 
 class RunDirectory:
-    """One run's folder while it is being written."""
+    """One run's folder while training writes it. Only the main one of several processes has it open; the others have it
+    with `active` False, and then nothing happens."""
 
-    def __init__(self, path: Path):
-        self.path = Path(path)
+    def __init__(self, path: Path, active: bool = True):
+        self.path, self.active = Path(path), active
+
+    def __enter__(self) -> RunDirectory:
+        if not self.active:
+            return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.path / ".lock")
@@ -38,21 +41,17 @@ class RunDirectory:
                 part.unlink(missing_ok=True)
         except Timeout:
             raise TrainingError(
-                f"{show_path(path)} is in use by another process; wait for it or choose another folder"
+                f"{show_path(self.path)} is in use by another process; wait for it or choose another folder"
             ) from None
         except OSError as error:
             raise TrainingError(
-                f"cannot use {show_path(path)} as a run folder: {error.strerror}; choose another one"
+                f"cannot use {show_path(self.path)} as a run folder: {error.strerror}; choose another one"
             ) from error
+        return self
 
-    def close(self) -> None:
-        """Release the lock."""
-        self._lock.release()
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run's final figures are there."""
-        return (self.path / "metrics.json").exists()
+    def __exit__(self, *_) -> None:
+        if self.active:
+            self._lock.release()
 
     def config(self) -> dict:
         """What the folder's run is; empty where none has begun."""
@@ -62,7 +61,7 @@ class RunDirectory:
         except (ValueError, OSError) as error:
             raise TrainingError(f"{show_path(file)} is damaged ({error}); start anew in another folder") from error
 
-    def start(self, config: dict, resume: bool) -> None:
+    def begin(self, config: dict, resume: bool) -> None:
         """Store what the run is, or check that a resumed run is still the same one.
 
         Raises
@@ -70,51 +69,57 @@ class RunDirectory:
         TrainingError
             When the folder holds a run and `resume` is off, or holds a run of another recipe, data, weights or code.
         """
-        stored = self.config()
-        if not stored:
-            self.write_json("config.json", config)
+        if not self.active:
             return
-        if not resume:
+        if not self.config():
+            self.write_json("config.json", config)
+        elif resume:
+            self.check(config)
+        else:
             raise TrainingError(
-                f"{show_path(self.path)} already holds a run; go on with it by resume (--resume) or "
-                "choose another folder"
+                f"{show_path(self.path)} already holds a run; resume it (--resume) or choose another folder"
             )
-        self.check(config)
 
     def check(self, config: dict) -> None:
-        """Refuse to go on with a run that is another one by recipe, data, weights or code, if `config` names them.
-
-        Raises
-        ------
-        TrainingError
-            With each difference.
-        """
-        stored = self.config()
+        """Raise a TrainingError with each difference in recipe, data, weights or code that `config` names."""
+        stored = self.config() if self.active else {}
         with suppress(RecipeError, KeyError, TypeError):  # of a damaged one, which is then compared as it is
             stored["recipe"] = Recipe.from_dict(stored["recipe"]).to_dict()  # with the keys that came later
+        compared = {
+            "recipe": [key for key in config["recipe"] if key not in FREE],
+            "data": ["digest", "train", "val", "test"],
+            "weights": ["backbone", "sha256"],
+            "code": list(config.get("code", ())),
+            "versions": ["cifar_ft", "torch", "timm"],
+        }
         changes = [
             f"{part}.{key}: {stored.get(part, {}).get(key)!r} then, {config[part].get(key)!r} now"
-            for part, keys in _must_agree(config).items()
+            for part, keys in compared.items()
             for key in keys
-            if key in config[part] and stored.get(part, {}).get(key) != config[part].get(key)
+            if self.active and key in config.get(part, {}) and stored.get(part, {}).get(key) != config[part].get(key)
         ]
         if changes:
             raise TrainingError(
                 f"cannot resume {show_path(self.path)}: it is another run ({'; '.join(changes)}). "
-                "Go on with what it was begun with, or start anew in another folder"
+                "Resume it with what it was begun with, or start anew in another folder"
             )
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write one file of the run, whole or not at all."""
+        if self.active:
+            write_atomic(self.path / name, data)
 
     def write_json(self, name: str, value: dict) -> None:
         """Write one JSON file of the run."""
-        write_atomic(self.path / name, (json.dumps(value, indent=2) + "\n").encode())
+        self.write(name, (json.dumps(value, indent=2) + "\n").encode())
 
     def save_checkpoint(self, epoch: int, step: int, state: dict) -> None:
-        """Store the complete state of training `step` steps behind `epoch` epochs, then drop all but the newest two."""
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
+        """Store the complete state of training, `step` steps after `epoch` epochs; then drop all but the newest two."""
+        if not self.active:
+            return
+        torch.save(state, buffer := io.BytesIO())
         data = buffer.getvalue()
-        name = f"epoch-{epoch:05d}-step-{step:07d}-{_digest(data)}.pt"
-        write_atomic(self.path / "checkpoint" / name, data)
+        self.write(f"checkpoint/epoch-{epoch:05d}-step-{step:07d}-{_digest(data)}.pt", data)
         for old in self.checkpoints()[KEEP:]:
             old.unlink(missing_ok=True)
 
@@ -124,31 +129,19 @@ class RunDirectory:
 
     def load_checkpoint(self) -> dict | None:
         """The newest checkpoint that is whole, or None. A damaged one is reported and passed over."""
-        for file in self.checkpoints():
+        for file in self.checkpoints() if self.active else ():
             try:
                 data = file.read_bytes()
             except OSError as error:
-                log.info(
+                log.warning(
                     f"Warning: checkpoint {file.name} cannot be read ({error.strerror}); falling back to the one before"
                 )
                 continue
             if _digest(data) == file.stem.rpartition("-")[2]:
                 return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            log.info(f"Warning: checkpoint {file.name} is damaged; falling back to the one before")
+            log.warning(f"Warning: checkpoint {file.name} is damaged; falling back to the one before")
         return None
 
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _must_agree(config: dict) -> dict[str, list[str]]:
-    recipe = [key for key in config["recipe"] if key not in ("name", "checkpoint_steps", "accumulation", "flip_tta")]
-    parts = {
-        "recipe": recipe,
-        "data": ["digest", "train", "val", "test"],
-        "weights": ["backbone", "sha256"],
-        "code": list(config.get("code", ())),
-        "versions": ["cifar_ft", "torch", "timm"],
-    }
-    return {part: keys for part, keys in parts.items() if part in config}

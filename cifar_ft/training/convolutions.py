@@ -39,15 +39,19 @@ class _Depthwise(torch.autograd.Function):
 
 def _input_gradient(grad: Tensor, images: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     channels, kernel = images.shape[1], weight.shape[-1]
-    if stride == 1:
+    if stride == 1:  # a convolution with the kernel turned by 180 degrees, which oneDNN has a quick path for
         return F.conv2d(grad, weight.flip(2, 3), None, 1, kernel - 1 - padding, 1, channels)
+    # In bfloat16 oneDNN has no quick path for a strided depthwise gradient; the way over float32 is shorter.
     return _native_gradient(grad.float(), images.float(), weight.float(), stride, padding, 0).to(grad.dtype)
 
 
 def _weight_gradient(grad: Tensor, images: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     (batch, channels, height, width), kernel = images.shape, weight.shape[-1]
-    if kernel < 5 and height > 4:
+    if kernel < 5 and height > 4:  # oneDNN is quick here
         return _native_gradient(grad, images, weight, stride, padding, 1)
+    # The weight gradient is a correlation of each image with its output gradient. Laid side by side as the channels of
+    # a single image, all images of the batch are correlated by one depthwise convolution: the output gradient is its
+    # kernel, and the stride becomes its dilation.
     wide = images.permute(2, 3, 0, 1).reshape(1, height, width, batch * channels).permute(0, 3, 1, 2)
     kernels = grad.reshape(batch * channels, 1, *grad.shape[-2:])
     each = F.conv2d(wide, kernels, None, 1, padding, stride, batch * channels)[..., :kernel, :kernel]
@@ -65,7 +69,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, images: Tensor) -> Tensor:
         weight, kernel, stride = self.weight, self.kernel_size[0], self.stride[0]
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled("cpu"):  # which knows nothing of functions that are not PyTorch's
             dtype = torch.get_autocast_dtype("cpu")
             images, weight = images.to(dtype), weight.to(dtype)
         padding = self.padding[0]
@@ -103,6 +107,7 @@ class SmallMapConv2d(nn.Conv2d):
             return super().forward(images)
         padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
         rows, columns = ((size - 1) * stride + 1 for size in (height, width))
+        # One row for each output pixel, with the kernel * kernel input pixels that it sees side by side (im2col).
         taps = [(i, j) for i in range(kernel) for j in range(kernel)]
         patches = torch.cat([padded[:, i : i + rows : stride, j : j + columns : stride] for i, j in taps], dim=-1)
         return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1)).permute(0, 3, 1, 2)
@@ -117,7 +122,7 @@ def speed_up(model: nn.Module) -> nn.Module:
         if not (same or type(layer) is nn.Conv2d) or len({*layer.kernel_size}) != 1 or len({*layer.stride}) != 1:
             continue
         if layer.groups == layer.in_channels == layer.out_channels > 1:
-            layer.__class__ = DepthwiseConv2d
+            layer.__class__ = DepthwiseConv2d  # in place: parameters, hooks and state dict keys stay
             layer.same_padding = same
         elif layer.groups == 1 and not same and isinstance(layer.padding, tuple) and layer.padding_mode == "zeros":
             if layer.kernel_size == (1, 1) and layer.padding == (0, 0):

@@ -1,10 +1,6 @@
-"""Several processes, one result: what they share, how they divide a split, and how they agree to stop."""
+"""Several processes, one result: what they share, and how they divide a split."""
 
 from __future__ import annotations
-
-import signal
-import threading
-from types import FrameType
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -16,15 +12,17 @@ from cifar_ft.models import is_frozen_batchnorm, predict_logits
 from cifar_ft.recipes import Recipe
 from cifar_ft.transforms import eval_transform
 
-ASK_EVERY = 10  # steps between two questions to all processes whether one of them was told to stop
-
 
 def start_processes() -> PartialState:
     """The state of this process among all; one process unless a launcher such as torchrun started more.
 
-    Accelerate starts several processes on CPUs only when it is told that there is no accelerator.
+    Accelerate starts several processes on CPUs only when it is told that there is no accelerator. Of several, only the
+    main one logs.
     """
-    return PartialState(cpu=cpu_only())
+    state = PartialState(cpu=cpu_only())
+    if not state.is_main_process:
+        log.setLevel("ERROR")
+    return state
 
 
 def cpu_only() -> bool:
@@ -51,12 +49,10 @@ def synchronize_batchnorm(model: nn.Module, accelerator: Accelerator) -> nn.Modu
 
 @torch.no_grad()
 def share_statistics(accelerator: Accelerator, *models: nn.Module | None) -> None:
-    """Set BatchNorm statistics to their mean over all processes, so that each process scores the same model."""
-    if accelerator.num_processes == 1:
-        return
+    """Set BatchNorm statistics to their mean over all processes, so that each process evaluates the same model."""
     for model in models:
         buffers = [b for b in model.buffers() if b.is_floating_point()] if model is not None else []
-        if not buffers:
+        if accelerator.num_processes == 1 or not buffers:
             continue
         flat = accelerator.reduce(torch.cat([b.flatten() for b in buffers]), reduction="mean")
         for buffer, values in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
@@ -66,7 +62,7 @@ def share_statistics(accelerator: Accelerator, *models: nn.Module | None) -> Non
 def gather_logits(
     model: nn.Module, split: Split, recipe: Recipe, accelerator: Accelerator, flip_tta: bool = False
 ) -> Tensor:
-    """Logits [N, 10] of every image once, on every process; each process scores its share."""
+    """Logits [N, 10] of every image once, on every process; each process computes its share."""
     rank, world = accelerator.process_index, accelerator.num_processes
     share = split.take(torch.arange(rank, len(split), world)) if world > 1 else split
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
@@ -77,36 +73,3 @@ def gather_logits(
     logits = torch.zeros(len(split), 10)
     logits[rank::world] = own
     return accelerator.reduce(logits.to(accelerator.device), reduction="sum").cpu()
-
-
-class StopRequest:
-    """While it is entered, Ctrl-C and SIGTERM ask for a stop at the next safe place; a second Ctrl-C stops at once."""
-
-    def __init__(self):
-        self.name, self._before = None, {}
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.name and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if not self.name:
-            self.name = signal.Signals(number).name
-            log.info(f"{self.name}: stopping behind this step (Ctrl-C again stops at once)")
-
-    def agreed(self, accelerator: Accelerator, step: int | None = None) -> bool:
-        """Whether to stop now. Several processes decide together, at every tenth step or, without a step, at once."""
-        if accelerator.num_processes == 1:
-            return self.name is not None
-        if step is not None and step % ASK_EVERY:
-            return False
-        asked = torch.tensor([float(self.name is not None)], device=accelerator.device)
-        return accelerator.reduce(asked, reduction="sum").item() > 0

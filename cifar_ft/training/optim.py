@@ -10,7 +10,9 @@ from torch import nn
 from cifar_ft import models
 from cifar_ft.recipes import Recipe
 
-EMA_EVERY = 4  # steps between updates of the moving average; its decay is taken to this power
+# Steps between two updates of the moving average, which reads and writes every weight. Its decay is taken to this
+# power, so that it forgets at the same pace as one that is updated at every step.
+EMA_EVERY = 4
 
 
 def lr_factor(recipe: Recipe, step: int, steps_per_epoch: int) -> float:

@@ -1,0 +1,164 @@
+"""What a run leaves: its configuration at the start; history, logits, weights and metrics at the end."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import hashlib
+import io
+import json
+import platform
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from cifar_ft import __version__
+from cifar_ft.data import Cifar10, Split
+from cifar_ft.files import PACKAGE, show_path
+from cifar_ft.recipes import Recipe
+from cifar_ft.results import fit_calibration, runs_root, wilson_interval
+from cifar_ft.training.checkpoint import RunDirectory
+from cifar_ft.training.faults import TrainingError
+from cifar_ft.training.hardware import hardware
+from cifar_ft.training.state import Training
+
+HISTORY = (
+    "epoch",
+    *(f"{part}_{what}" for part in ("train", "val", "test") for what in ("loss", "accuracy")),
+    "lr",
+    "seconds",
+)
+# The files whose code decides the weights that a run ends with.
+DECISIVE = (
+    *(f"data/{name}.py" for name in ("cifar10", "loader")),
+    *(f"transforms/{name}.py" for name in ("augmentation", "normalization")),
+    *(f"models/{name}.py" for name in ("backbones", "evaluation", "freezing", "surgery", "weights")),
+    *(f"training/{name}.py" for name in ("convolutions", "distributed", "fit", "loop", "optim", "probe", "state")),
+)
+
+
+def new_run_dir(recipe: Recipe) -> Path:
+    """A folder that does not exist yet, named by recipe and time, under `results.runs_root()`."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    names = (f"{recipe.name}-{stamp}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
+    return next(path for path in (runs_root() / name for name in names) if not path.exists())
+
+
+def stored_recipe(run_dir: Path) -> Recipe:
+    """The recipe that a run was begun with.
+
+    Raises
+    ------
+    TrainingError
+        When config.json is damaged or from another version of the recipes.
+    """
+    file = Path(run_dir) / "config.json"
+    try:
+        return Recipe.from_dict(json.loads(file.read_text(encoding="utf-8"))["recipe"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise TrainingError(f"{show_path(file)} cannot be read ({error}); start anew in another folder") from error
+
+
+def describe_run(training: Training, data: Cifar10, splits: dict[str, Split]) -> dict:
+    """The run's `config.json`: all that decides it, with digests, and what it runs on."""
+    sizes = {name: len(split) for name, split in splits.items()}
+    return {
+        "recipe": training.recipe.to_dict(),
+        "weights": training.weights_info,
+        "data": {"source": data.source, "digest": data.digest, **sizes},
+        "precision": training.plan.precision,
+        "plan": asdict(training.plan),
+        "code": code_digests(),
+        "versions": _versions(),
+        "hardware": hardware(),
+    }
+
+
+def write_run(directory: RunDirectory, training: Training, splits: dict[str, Split], logits: dict[str, Tensor]) -> None:
+    """Write history, logits, weights and, last of all, the metrics, which mark the run as complete.
+
+    Parameters
+    ----------
+    logits : dict of str to Tensor [N, 10]
+        Of the test images ("test") and, if the recipe has them, of the validation images ("val") and of the test images
+        averaged with their mirror images ("flip_tta").
+    """
+    recipe, info = training.recipe, training.weights_info
+    labels = {name: split.labels.cpu() for name, split in splits.items()}
+    directory.write("history.csv", _csv(training.history))
+    for name in logits.keys() & labels.keys():
+        np.savez(buffer := io.BytesIO(), logits=logits[name].numpy(), labels=labels[name].numpy())
+        directory.write(f"{name}_logits.npz", buffer.getvalue())
+    weights = {name: tensor.contiguous().cpu() for name, tensor in training.evaluated.state_dict().items()}
+    directory.write("model.safetensors", to_safetensors(weights, {"format": "pt", "backbone": info["backbone"]}))
+
+    def correct(name: str) -> int:
+        return int((logits[name].argmax(1) == labels["test"]).sum())
+
+    n, epochs = len(labels["test"]), training.history
+    metrics = {
+        "recipe": recipe.name,
+        "backbone": info["backbone"],
+        "weights": info["weights"],
+        "epochs": recipe.epochs,
+        "seed": recipe.seed,
+        "train_images": len(splits["train"]),
+        "val_accuracy": (training.best or epochs[-1]).get("val_accuracy"),  # of the weights that are stored
+        "calibration": fit_calibration(logits["val"], labels["val"]) if "val" in logits else None,
+        "test_images": n,
+        "test_accuracy": correct("test") / n,
+        "test_accuracy_ci95": list(wilson_interval(correct("test"), n)),
+        "test_loss": F.cross_entropy(logits["test"], labels["test"]).item(),
+        "test_accuracy_flip_tta": correct("flip_tta") / n if "flip_tta" in logits else None,
+        "train_seconds": sum(row["seconds"] for row in epochs),
+        "images_per_second": len(splits["train"]) * recipe.epochs / sum(row["train_only_seconds"] for row in epochs),
+        "peak_memory_mb": peak_memory_mb(),
+        "hardware": hardware(),
+        "versions": _versions(),
+    }
+    directory.write_json("metrics.json", metrics)
+
+
+def code_digests() -> dict[str, str]:
+    """A digest of each file that decides the numbers; lines that are empty or only a comment do not count."""
+    digests = {}
+    for name in DECISIVE:
+        lines = (PACKAGE / name).read_text(encoding="utf-8").splitlines()
+        code = "\n".join(line for line in lines if line.strip() and not line.lstrip().startswith("#"))
+        digests[name] = hashlib.sha256(code.encode()).hexdigest()[:12]
+    return digests
+
+
+def _csv(rows: list[dict]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, HISTORY, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def peak_memory_mb() -> float:
+    """The most memory so far: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "torchvision", "timm", "accelerate", "numpy")
+    own = {"cifar_ft": __version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in packages}

@@ -1,0 +1,138 @@
+"""What training moves and measures, and the place it has reached."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
+from torch import Tensor, nn
+
+from cifar_ft.recipes import Recipe
+from cifar_ft.training.convolutions import speed_up
+from cifar_ft.training.distributed import cpu_only, synchronize_batchnorm
+from cifar_ft.training.hardware import Plan
+from cifar_ft.training.optim import make_optimizer
+
+LOSS_LIMIT = 100.0  # nats; a guess by chance among ten classes costs 2.3, so a loss beyond this never comes back
+
+
+@dataclass
+class Training:
+    """The model, its moving average and its optimiser, the metrics of the running epoch, and the place reached."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    plan: Plan
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: nn.Module | None  # the moving average of the weights, where the recipe wants one
+    weights_info: dict  # see `models.build_model`
+    accumulation: int  # parts that a process cuts its batch into, to save memory
+    steps_per_epoch: int = 1
+    seconds: float = 0.0  # of the running epoch, evaluation aside
+    epoch: int = 0  # epochs finished
+    step: int = 0  # steps finished within the running epoch
+    history: list[dict] = field(default_factory=list)
+    best: dict | None = None  # {"val_accuracy": float, "model": state dict}
+
+    PLACE = ("accumulation", "seconds", "epoch", "step", "history", "best")
+
+    def __post_init__(self) -> None:
+        device = self.accelerator.device
+        # Sums of the running epoch and of the running step: cross-entropy, correct predictions, images.
+        self.totals, self.running = torch.zeros(3, device=device), torch.zeros(3, device=device)
+        # The first step that diverged, and its loss; on the device, so that a GPU is not waited for at each step.
+        self.diverged = torch.full((), -1, dtype=torch.long, device=device), torch.zeros((), device=device)
+
+    @property
+    def plain_model(self) -> nn.Module:
+        """The model without the wrapper that several processes put around it."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is evaluated and stored: the moving average where there is one."""
+        return self.plain_model if self.ema is None else self.ema
+
+    @property
+    def total_steps(self) -> int:
+        """Steps finished since training began."""
+        return self.epoch * self.steps_per_epoch + self.step
+
+    @property
+    def at_last(self) -> bool:
+        """Whether the running step is the epoch's last."""
+        return self.step + 1 == self.steps_per_epoch
+
+    def measure(self, logits: Tensor, labels: Tensor) -> None:
+        """Add a part of a step to the metrics; the loss is the plain cross-entropy, whatever the recipe smooths."""
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        self.running += torch.stack([loss, (logits.argmax(1) == labels).sum(), loss.new_tensor(len(labels))])
+
+    def finish_step(self) -> None:
+        """Close the running step: its metrics join the epoch's, and a loss that has diverged is remembered."""
+        loss, (where, value) = self.running[0] / self.running[2].clamp(min=1), self.diverged
+        new = ~(loss < LOSS_LIMIT) & (where < 0)  # a comparison with NaN is false
+        self.diverged = torch.where(new, self.step, where), torch.where(new, loss, value)
+        self.totals += self.running
+        self.running.zero_()
+        self.step += 1
+
+    def forget_step(self) -> None:
+        """Drop what an unfinished step has added up, to compute it anew."""
+        self.running.zero_()
+        self.optimizer.zero_grad()
+
+    def state(self) -> dict:
+        """All of it as tensors and plain values; metrics are those of all processes together."""
+        place = {key: getattr(self, key) for key in self.PLACE}
+        scaler = self.accelerator.scaler  # of fp16
+        return {
+            **place,
+            "model": self.plain_model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "totals": self.accelerator.reduce(self.totals.clone(), reduction="sum"),
+            "scaler": scaler and scaler.state_dict(),
+        }
+
+    def restore(self, state: dict) -> None:
+        """The inverse of `state`; what all processes had measured continues in the first one."""
+        self.plain_model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        if self.accelerator.is_main_process:
+            self.totals = state["totals"].to(self.totals.device)
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        for key in self.PLACE:
+            setattr(self, key, state[key])
+
+
+def prepare(recipe: Recipe, model: nn.Module, plan: Plan) -> Training:
+    """Move the model to the device, make its optimiser and its moving average, and hand them to Accelerate."""
+    plan.apply()
+    AcceleratorState._reset_state()  # it would else insist on the precision of an earlier run in this process
+    accelerator = Accelerator(
+        mixed_precision="no" if plan.precision == "fp32" else plan.precision,
+        cpu=cpu_only(),
+        # Said here, so that no environment variable of Accelerate's decides a result.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_plugin=TorchDynamoPlugin(backend="no"),
+    )
+    info = model.weights_info
+    model = synchronize_batchnorm(model, accelerator)
+    model = model.to(accelerator.device, memory_format=torch.channels_last)
+    if accelerator.device.type == "cpu":
+        speed_up(model)
+    ema = copy.deepcopy(model).requires_grad_(False) if recipe.ema_decay else None
+    if recipe.compile:
+        model.compile()  # in place, so that names in the state dict stay
+    model, optimizer = accelerator.prepare(model, make_optimizer(model, recipe))
+    return Training(recipe, accelerator, plan, model, optimizer, ema, info, recipe.accumulation)
