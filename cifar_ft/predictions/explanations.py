@@ -5,8 +5,6 @@ Everything is done on the 32-pixel square that the network sees, and leaves the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pandas as pd
 import torch
@@ -18,7 +16,7 @@ from cifar_ft import CifarFtError
 from cifar_ft.data import CLASSES, Split
 from cifar_ft.models import evaluating, features, stages
 from cifar_ft.predictions.images import SIZE, checked_fit, middle, read_image, square
-from cifar_ft.predictions.predictor import Predictor
+from cifar_ft.predictions.predictor import BATCH, Predictor
 from cifar_ft.transforms import blur, brightness, eval_transform, random_crop
 
 ROWS = 4096  # of a feature bank, compared at a time
@@ -33,7 +31,7 @@ def grad_cam(
 ) -> np.ndarray:
     """Where the network sees a class: Grad-CAM (Selvaraju et al., ICCV 2017), computed by captum's `LayerGradCam`.
 
-    The map is taken at the last layer that still has places: the last kept stage of a ResNet, the activation behind
+    The map is taken at the last layer that still has places: the last stage of a ResNet, the activation after
     `conv_head` of EfficientNet-Lite0. Only the average over all places and the head follow it, so that the map, before
     its negative parts are cut off and it is scaled, sums to the class's logit less its bias. It is coarse (an input of
     112 pixels has 4 x 4 places there) and each place has seen the whole picture: a map is a hint, no proof. Which
@@ -47,7 +45,7 @@ def grad_cam(
     target : int or str, optional
         The class, by number or name; by default the one that is predicted.
     stage : str, optional
-        Another part of the model, as `backbones.stages` names them ("stage3", ...); earlier ones have finer maps.
+        Another part of the model, as `models.stages` names them ("stage3", ...); earlier ones have finer maps.
 
     Returns
     -------
@@ -57,17 +55,21 @@ def grad_cam(
     Raises
     ------
     ImageError
-        For something that is no picture.
+        For something that is not a picture.
     ExplanationError
         For an unknown class or stage, or a model whose values are not finite.
     """
     from captum.attr import LayerGradCam
 
-    seen = _seen(image, fit)
+    seen = square(read_image(image), fit)
     index = predictor.predict(seen)[0].index if target is None else _class_index(target)
-    model, layer = predictor.model, _layer(predictor.model, stage)
-    with evaluating(model):
-        heat = LayerGradCam(model, layer).attribute(_input(predictor, seen[None]), index, relu_attributions=True)
+    parts = {name: layers[-1] for name, layers in stages(predictor.model).items() if name != "head"}
+    stage = list(parts)[-1] if stage is None else stage
+    if stage not in parts:
+        raise ExplanationError(f"unknown stage {stage!r}; choose from {', '.join(parts)}")
+    with evaluating(predictor.model):
+        explanation = LayerGradCam(predictor.model, parts[stage])
+        heat = explanation.attribute(_input(predictor, seen[None]), index, relu_attributions=True)
     heat = F.interpolate(heat.detach().float(), (SIZE, SIZE), mode="bilinear", align_corners=False)[0, 0].cpu()
     if not heat.isfinite().all():
         raise ExplanationError(f"{predictor.source} gives values that are not finite; use another run")
@@ -77,14 +79,6 @@ def grad_cam(
     return ((heat - low) / (high - low)).numpy()
 
 
-def _layer(model: torch.nn.Module, stage: str | None) -> torch.nn.Module:
-    parts = stages(model)
-    del parts["head"]
-    if stage is not None and stage not in parts:
-        raise ExplanationError(f"unknown stage {stage!r}; choose from {', '.join(parts)}")
-    return parts[stage or list(parts)[-1]][-1]
-
-
 def _class_index(target: int | str) -> int:
     if isinstance(target, str) and target in CLASSES:
         return CLASSES.index(target)
@@ -92,11 +86,6 @@ def _class_index(target: int | str) -> int:
     if not whole or not 0 <= target < len(CLASSES):
         raise ExplanationError(f"unknown class {target!r}; choose from {', '.join(CLASSES)}, or 0 to 9")
     return int(target)
-
-
-def _seen(image, fit: str) -> Tensor:
-    """A picture of any kind as the network sees it: uint8 [3, 32, 32]."""
-    return square(read_image(image), fit)
 
 
 def _input(predictor: Predictor, images: Tensor) -> Tensor:
@@ -122,7 +111,7 @@ def overlay(image, heat: np.ndarray, *, fit: str = "crop") -> np.ndarray:
     """
     values = torch.as_tensor(np.asarray(heat, dtype=np.float32))
     if values.ndim != 2 or not values.numel() or not ((values >= 0) & (values <= 1)).all():
-        raise ExplanationError(f"heat of shape {list(values.shape)} is no map [h, w] of values from 0 to 1")
+        raise ExplanationError(f"heat of shape {list(values.shape)} is not a map [h, w] of values from 0 to 1")
     picture = read_image(image)
     if checked_fit(fit) == "pad":
         side = max(picture.shape[1:])
@@ -150,24 +139,11 @@ class FeatureBank:
     >>> FeatureBank(predictor, data.train).nearest("truck.jpg", k=3)  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        predictor: Predictor,
-        split: Split,
-        *,
-        batch_size: int = 32,
-        progress: Callable[[int, int], object] | None = None,
-    ):
-        """Compute the features of every picture; `progress(images_done, images_in_all)` is called after each batch."""
-        if not len(split) or batch_size < 1:
-            raise ExplanationError(f"{len(split)} pictures in batches of {batch_size}; at least 1 of both is needed")
+    def __init__(self, predictor: Predictor, split: Split):
+        if not len(split):
+            raise ExplanationError("there are no pictures in this split; at least 1 is needed")
         self.predictor, self.split = predictor, split
-        parts = []
-        for start in range(0, len(split), batch_size):
-            parts.append(_directions(predictor, split.images[start : start + batch_size]).half())
-            if progress is not None:
-                progress(min(start + batch_size, len(split)), len(split))
-        self.features = torch.cat(parts)
+        self.features = torch.cat([_directions(predictor, images).half() for images in split.images.split(BATCH)])
 
     def __len__(self) -> int:
         return len(self.split)
@@ -183,15 +159,14 @@ class FeatureBank:
         """
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= len(self):
             raise ExplanationError(f"{k!r} nearest pictures cannot be given; choose 1 to {len(self)}")
-        query = _directions(self.predictor, _seen(image, fit)[None])[0]
+        query = _directions(self.predictor, square(read_image(image), fit)[None])[0]
         similarity = torch.cat([rows.float() @ query for rows in self.features.split(ROWS)]).clamp(-1, 1)
         best = similarity.argsort(descending=True, stable=True)[: int(k)]
-        labels = self.split.labels.cpu()[best].tolist()
         return pd.DataFrame(
             {
                 "position": best.numpy(),
                 "index": self.split.indices.cpu()[best].numpy(),
-                "label": [CLASSES[label] for label in labels],
+                "label": [CLASSES[label] for label in self.split.labels.cpu()[best]],
                 "similarity": similarity[best].numpy(),
             }
         )
@@ -210,7 +185,7 @@ def variants(image, *, fit: str = "crop") -> dict[str, Tensor]:
     Shifted by 2 and 4 pixels as in training (black where nothing is left), zoomed, blurred, mirrored, darker, brighter
     and without colours. The first, "unchanged", is the picture as the network sees it.
     """
-    seen = _seen(image, fit)
+    seen = square(read_image(image), fit)
     one = seen[None]
     changed = {"unchanged": one}
     directions = {"left": (0, 1), "right": (0, -1), "up": (1, 0), "down": (-1, 0)}
@@ -218,19 +193,21 @@ def variants(image, *, fit: str = "crop") -> dict[str, Tensor]:
         for name, (row, column) in directions.items():
             offset = torch.tensor([[4 + pixels * row, 4 + pixels * column]])
             changed[f"{pixels} pixels {name}"] = random_crop(one, offset, padding=4)
-    changed["zoomed in by 4/3"] = square(seen[:, 4:28, 4:28])[None]
-    changed["zoomed out by 4/5"] = square(F.pad(seen, (4,) * 4))[None]
-    for sigma in (0.5, 1.0):
-        changed[f"blurred, {sigma} pixels"] = blur(one, sigma)
-    changed["mirrored"] = one.flip(3)
-    changed["darker, x 0.6"] = brightness(one, 0.6)
-    changed["brighter, x 1.5"] = brightness(one, 1.5)
-    changed["grey"] = one.float().mean(1, keepdim=True).round().to(torch.uint8).expand(-1, 3, -1, -1)
+    changed |= {
+        "zoomed in by 4/3": square(seen[:, 4:28, 4:28])[None],
+        "zoomed out by 4/5": square(F.pad(seen, (4,) * 4))[None],
+        "blurred, 0.5 pixels": blur(one, 0.5),
+        "blurred, 1.0 pixels": blur(one, 1.0),
+        "mirrored": one.flip(3),
+        "darker, x 0.6": brightness(one, 0.6),
+        "brighter, x 1.5": brightness(one, 1.5),
+        "grey": one.float().mean(1, keepdim=True).round().byte().expand(-1, 3, -1, -1),
+    }
     return {name: picture[0].contiguous() for name, picture in changed.items()}
 
 
 def sensitivity(predictor: Predictor, image, *, fit: str = "crop") -> pd.DataFrame:
-    """How the answer moves under small changes of a picture that a person would hardly be misled by.
+    """How the answer moves under small changes of a picture that would hardly mislead a person.
 
     Parameters
     ----------
@@ -246,12 +223,13 @@ def sensitivity(predictor: Predictor, image, *, fit: str = "crop") -> pd.DataFra
     """
     pictures = variants(image, fit=fit)
     answers = predictor.predict(torch.stack(list(pictures.values())))
-    first = answers[0]
-    frame = pd.DataFrame(
+    first = answers[0].label
+    probability = np.array([answer.probabilities[first] for answer in answers])
+    return pd.DataFrame(
         {
             "change": list(pictures),
             "label": [answer.label for answer in answers],
-            "probability": [answer.probabilities[first.label] for answer in answers],
+            "probability": probability,
+            "difference": probability - probability[0],
         }
     )
-    return frame.assign(difference=frame.probability - first.probability)

@@ -16,10 +16,10 @@ from cifar_ft.predictions.predictor import Predictor, chunks
 
 COLUMNS = ("path", "label", "probability", "error")
 DETAILS = ("unknown", "notes")
-PARTIAL = ".partial"  # behind the name of a file that was not finished
+PARTIAL = ".partial"  # ends the name of a file that was not finished
 
 
-def predict_paths(paths, predictor: Predictor, *, fit: str = "crop", details: bool = False) -> Iterator[dict]:
+def predict_paths(paths, predictor: Predictor, *, fit: str = "crop") -> Iterator[dict]:
     """Predict files and folders; a bad one is reported in its row and does not stop the others.
 
     Parameters
@@ -28,43 +28,40 @@ def predict_paths(paths, predictor: Predictor, *, fit: str = "crop", details: bo
         A folder stands for all pictures in it and below, sorted, without hidden ones; links are followed.
     predictor : Predictor
     fit : {"crop", "pad"}
-    details : bool
 
     Yields
     ------
     dict
         One for each picture, in order: path (str), label ("" on error), probability (None on error), error
-        ("" if none); with `details` also unknown (whether it is unlike anything in CIFAR-10; None if not known)
-        and notes (what was done to the picture). A folder without pictures gives one row with an error.
+        ("" if none), unknown (whether it is unlike anything in CIFAR-10; None if not known) and notes (what was done
+        to the picture). A folder without pictures gives one row with an error.
     """
-    paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     for chunk in chunks(_files(paths)):
         rows, pictures = [], []
-        for path, error in chunk:
+        for path, problem in chunk:
             name = os.fsdecode(path) if isinstance(path, (str, os.PathLike)) else type(path).__name__
-            rows.append({"path": name, "label": "", "probability": None, "error": str(error or "")})
-            rows[-1] |= {"unknown": None, "notes": ""} if details else {}
+            rows.append({"path": name, "label": "", "probability": None, "error": "", "unknown": None, "notes": ""})
             try:
-                if not error:
-                    pictures.append((rows[-1], squared(path, fit)))
-            except ImageError as problem:
-                rows[-1]["error"] = str(problem)
+                if problem:
+                    raise problem
+                pictures.append((rows[-1], squared(path, fit)))
+            except ImageError as error:
+                rows[-1]["error"] = str(error)
         answers = predictor.predict(torch.stack([picture.image for _, picture in pictures])) if pictures else []
         for (row, picture), answer in zip(pictures, answers, strict=True):
-            row.update(label=answer.label, probability=answer.probability)
-            if details:
-                row.update(unknown=answer.unknown, notes="; ".join(map(str, picture.notes)))
+            row.update(label=answer.label, probability=answer.probability, unknown=answer.unknown)
+            row["notes"] = "; ".join(map(str, picture.notes))
         yield from rows
 
 
 def count_files(paths) -> int:
     """How many rows `predict_paths` will give; reads folders, not pictures."""
-    return sum(1 for _ in _files([paths] if isinstance(paths, (str, os.PathLike)) else paths))
+    return sum(1 for _ in _files(paths))
 
 
-def _files(paths: Iterable) -> Iterator[tuple[object, ImageError | None]]:
+def _files(paths) -> Iterator[tuple[object, ImageError | None]]:
     """Each path, folders opened, with what is wrong with it, if anything yet."""
-    for path in paths:
+    for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         yield from find_pictures(path)
 
 
@@ -79,11 +76,11 @@ def write_csv(rows: Iterable[dict], file, *, details: bool = False) -> tuple[int
     Parameters
     ----------
     rows : iterable of dict
-    details : bool
-        Also write the columns unknown and notes, which the rows must have.
     file : path or text stream
         A file appears under its name only when it is complete; what an interruption or an error leaves of it is
-        kept beside it, with `PARTIAL` behind its name. A device or a pipe gets the rows as they come.
+        kept beside it, with `PARTIAL` added to its name. A device or a pipe gets the rows as they come.
+    details : bool
+        Also write the columns unknown and notes.
 
     Returns
     -------

@@ -1,6 +1,6 @@
 """The model for use without PyTorch: one ONNX file, from the pixels of a picture to calibrated probabilities.
 
-What the file answers is compared with PyTorch, and so is the time that it takes.
+What the file answers is compared with PyTorch before it is written, and so is the time that it takes.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-import time
+import timeit
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,19 +23,111 @@ from torch import Tensor, nn
 
 from cifar_ft import CifarFtError, __version__, log
 from cifar_ft.data import CLASSES, Split, load_samples
-from cifar_ft.files import check_target, one_line, replacing, show_path
+from cifar_ft.files import check_target, one_line, show_path, write_atomic
 from cifar_ft.models import predict_logits
 from cifar_ft.predictions.images import SIZE
 from cifar_ft.predictions.predictor import Predictor
 from cifar_ft.transforms import eval_transform, normalize, resize
 
 BATCH = 64  # pictures at a time in `check_onnx`
-TOLERANCE = 1e-3  # largest difference in any probability that `export_checked` lets pass
+TOLERANCE = 1e-3  # largest difference in any probability that `export_onnx` lets pass
 TURNS = 3  # of each contender in `latency`
 
 
 class ExportError(CifarFtError, RuntimeError):
     """A model that cannot be exported, or an exported one that cannot be run or does not answer as it should."""
+
+
+def export_checked(run: str | os.PathLike | None, out: str | os.PathLike) -> Path:
+    """Export a run's model with `export_onnx`, then measure and log the time that a picture takes.
+
+    Parameters
+    ----------
+    run : a run folder; None for the newest run, else the shipped model
+    out : the file to write
+    """
+    _require("onnx", "onnxscript", "onnxruntime")
+    check_target(out)  # before the work, not after it
+    predictor = Predictor.newest_or_shipped(run or "")
+    path = export_onnx(predictor, out)
+    for row in latency(path, predictor).itertuples():
+        times = f"{row.onnx_ms:.2f} ms with ONNX Runtime, {row.pytorch_ms:.2f} ms with PyTorch ({row.device})"
+        log.info(f"A picture, {row.batch_size} at a time: {times}, threads: {row.threads}")
+    return path
+
+
+def export_onnx(predictor: Predictor, path: str | os.PathLike) -> Path:
+    """Write a predictor's model as ONNX, once it has answered on the 200 shipped images as PyTorch does.
+
+    Everything between the pixels and the probabilities is in the file. Its input is "images", uint8 [N, 3, 32, 32] for
+    any N; its outputs are "probabilities", float32 [N, 10] in class order, calibrated as the predictor's, and "logits",
+    float32 [N, 10], as the network gives them. A larger picture has to be made 32 pixels wide first, as
+    `predictions.square` does. Metadata, JSON where not plain text: classes, source, recipe (its name), calibration,
+    normalization, image_size, cifar_ft.
+
+    Parameters
+    ----------
+    predictor : Predictor
+    path : path of the file, in a folder that exists; replaced only by a whole one
+
+    Raises
+    ------
+    ExportError
+        When a package is not installed, torch is older than 2.6, or when any label differs, or any probability by more
+        than 0.001; nothing is written then.
+    FileError
+        When the file cannot be written.
+    """
+    _require("onnx", "onnxscript", "onnxruntime")
+    path = check_target(path)
+    data = _serialized(predictor)
+    found = check_onnx(data, predictor, load_samples())
+    same, n = found["images"] - found["different_labels"], found["images"]
+    said = f"{same} of {n} labels as PyTorch, probabilities differ by at most {found['probability_difference']:.1g}"
+    if same < n or not found["probability_difference"] <= TOLERANCE:  # not a number is no success
+        raise ExportError(f"the exported model answers differently ({said}); nothing was written")
+    log.info(f"Checked on {n} pictures: {said}")
+    write_atomic(path, data)
+    log.info(f"Wrote {show_path(path)}, {len(data) / 1e6:.1f} MB")
+    return path
+
+
+def _require(*packages: str) -> None:
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise ExportError(f"ONNX needs {' and '.join(missing)}; install with `pip install {' '.join(missing)}`")
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
+        raise ExportError(f"torch {torch.__version__} cannot export with any number of pictures; use 2.6 or newer")
+
+
+def _serialized(predictor: Predictor) -> bytes:
+    """The whole ONNX file."""
+    program = torch.onnx.export(
+        _Deployed(predictor).eval(),
+        (torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8),),
+        input_names=["images"],
+        output_names=["probabilities", "logits"],
+        dynamic_shapes={"images": {0: torch.export.Dim("N")}},
+        dynamo=True,
+        verbose=False,
+    )
+    recipe = predictor.recipe
+    program.model.metadata_props.update(
+        classes=json.dumps(CLASSES),
+        source=predictor.source,
+        recipe=recipe.name,
+        calibration=json.dumps(predictor.calibration),
+        normalization=recipe.normalization,
+        image_size=str(recipe.image_size),
+        cifar_ft=__version__,
+    )
+    proto = program.model_proto
+    graph = proto.graph
+    # What the exporter notes of each node: lines of code, with the folders of the machine it ran on.
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    return proto.SerializeToString()
 
 
 class _Deployed(nn.Module):
@@ -44,7 +136,7 @@ class _Deployed(nn.Module):
     def __init__(self, predictor: Predictor):
         super().__init__()
         self.model = copy.deepcopy(predictor.model).cpu().requires_grad_(False)
-        self.normalization, self.temperature = predictor.recipe.normalization, _temperature(predictor)
+        self.normalization, self.temperature = predictor.recipe.normalization, predictor.temperature
         self.register_buffer("matrix", _resize_matrix(predictor.recipe.image_size))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,98 +158,6 @@ def _resize_matrix(size: int) -> Tensor:
     return resize(lines, size)[:, 0, :, 0].T.contiguous()
 
 
-def _temperature(predictor: Predictor) -> float:
-    return predictor.calibration["temperature"] if isinstance(predictor.calibration, dict) else 1.0
-
-
-def export_onnx(predictor: Predictor, path: str | os.PathLike) -> Path:
-    """Write a predictor's model as ONNX, with everything between the pixels and the probabilities in the file.
-
-    Its input is "images", uint8 [N, 3, 32, 32] for any N; its outputs are "probabilities", float32 [N, 10] in class
-    order, calibrated as the predictor's, and "logits", float32 [N, 10], as the network gives them. A larger picture has
-    to be made 32 pixels wide first, as `predictions.square` does. Metadata, JSON where not plain text: classes, source,
-    recipe (its name), calibration, normalization, image_size, cifar_ft.
-
-    Parameters
-    ----------
-    predictor : Predictor
-    path : path of the file, in a folder that exists; replaced only by a whole one
-
-    Returns
-    -------
-    Path
-
-    Raises
-    ------
-    ExportError
-        When onnx or onnxscript is not installed, torch is older than 2.6, or there is no such folder.
-    PredictionError
-        When the file cannot be written.
-    """
-    path = _checked_target(path)
-    return _write(_serialized(predictor), path)
-
-
-def _checked_target(path: str | os.PathLike) -> Path:
-    path = Path(os.path.expanduser(path))
-    if not path.parent.is_dir():
-        raise ExportError(f"there is no folder {show_path(path.parent)}; make it, or choose another file")
-    check_target(path)
-    return path
-
-
-def _write(data: bytes, path: Path) -> Path:
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
-    return path
-
-
-def _require(*packages: str) -> None:
-    missing = [name for name in packages if find_spec(name) is None]
-    if missing:
-        raise ExportError(f"ONNX needs {' and '.join(missing)}; install with `pip install {' '.join(missing)}`")
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
-        raise ExportError(f"torch {torch.__version__} cannot export with any number of pictures; use 2.6 or newer")
-
-
-def _serialized(predictor: Predictor) -> bytes:
-    """The whole ONNX file."""
-    _require("onnx", "onnxscript")
-    program = torch.onnx.export(
-        _Deployed(predictor).eval(),
-        (torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8),),
-        input_names=["images"],
-        output_names=["probabilities", "logits"],
-        dynamic_shapes={"images": {0: torch.export.Dim("N")}},
-        dynamo=True,
-        verbose=False,
-    )
-    program.model.metadata_props.update(_metadata(predictor))
-    return _without_origin(program.model_proto).SerializeToString()
-
-
-def _metadata(predictor: Predictor) -> dict[str, str]:
-    recipe = predictor.recipe
-    return {
-        "classes": json.dumps(CLASSES),
-        "source": predictor.source,
-        "recipe": recipe.name,
-        "calibration": json.dumps(predictor.calibration),
-        "normalization": recipe.normalization,
-        "image_size": str(recipe.image_size),
-        "cifar_ft": __version__,
-    }
-
-
-def _without_origin(proto: Any) -> Any:
-    """Drop what the exporter notes of each node: lines of code, with the folders of the machine it ran on."""
-    graph = proto.graph
-    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
-        part.ClearField("metadata_props")
-        part.ClearField("doc_string")
-    return proto
-
-
 def _session(model: str | os.PathLike | bytes) -> Any:
     """ONNX Runtime on the CPU, with as many threads as PyTorch."""
     _require("onnxruntime")
@@ -173,12 +173,12 @@ def _session(model: str | os.PathLike | bytes) -> Any:
         raise ExportError(f"ONNX Runtime cannot load {name} ({one_line(error)[:200]}); export it again") from error
 
 
-def check_onnx(path: str | os.PathLike | bytes, predictor: Predictor, images: Tensor | Split) -> dict[str, Any]:
+def check_onnx(model: str | os.PathLike | bytes, predictor: Predictor, images: Tensor | Split) -> dict[str, Any]:
     """Compare an exported model, run by ONNX Runtime, with the predictor that it was made from.
 
     Parameters
     ----------
-    path : the ONNX file, or its bytes
+    model : the ONNX file, or its bytes
     predictor : Predictor
     images : uint8 Tensor [N, 3, 32, 32], or a Split
 
@@ -194,7 +194,7 @@ def check_onnx(path: str | os.PathLike | bytes, predictor: Predictor, images: Te
         When onnxruntime is not installed, or the file is damaged.
     """
     images = images.images if isinstance(images, Split) else images
-    session, wanted = _session(path), ["probabilities", "logits"]
+    session, wanted = _session(model), ["probabilities", "logits"]
     batches = [session.run(wanted, {"images": batch.cpu().numpy()}) for batch in images.split(BATCH)]
     probabilities, logits = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     expected = predictor.predict_proba(images)
@@ -202,22 +202,14 @@ def check_onnx(path: str | os.PathLike | bytes, predictor: Predictor, images: Te
     return {
         "images": len(images),
         "probability_difference": float(np.abs(probabilities - expected).max()),
-        "logit_difference": float(np.abs(logits - _logits(predictor, images).numpy()).max()),
+        "logit_difference": float(np.abs(logits - predictor.logits(images).numpy()).max()),
         "different_labels": different,
         "agreement": 1 - different / len(images),
     }
 
 
-def _logits(predictor: Predictor, images: Tensor) -> Tensor:
-    transform, split = eval_transform(predictor.recipe), SimpleNamespace(images=images)
-    return predict_logits(predictor.model, split, transform, precision=predictor.precision)
-
-
 def latency(
-    path: str | os.PathLike | bytes,
-    predictor: Predictor,
-    batch_sizes: Sequence[int] = (1, 64),
-    seconds: float = 1.0,
+    model: str | os.PathLike | bytes, predictor: Predictor, batch_sizes: Sequence[int] = (1, 64), seconds: float = 1.0
 ) -> pd.DataFrame:
     """Time a picture takes from its pixels to its probabilities, in ONNX Runtime on the CPU and in PyTorch.
 
@@ -225,7 +217,7 @@ def latency(
 
     Parameters
     ----------
-    path : the ONNX file, or its bytes
+    model : the ONNX file, or its bytes
     predictor : Predictor
         Measured on the device where its model is.
     batch_sizes : numbers of pictures given at once
@@ -237,62 +229,28 @@ def latency(
         One row for each batch size: batch_size, pytorch_ms and onnx_ms (median milliseconds a picture), speedup
         (pytorch_ms / onnx_ms), threads and device (of PyTorch).
     """
-    session, temperature, rows = _session(path), _temperature(predictor), []
+    session, transform, rows = _session(model), eval_transform(predictor.recipe), []
     for size in batch_sizes:
         images = torch.randint(0, 256, (size, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0)).byte()
-        feed = {"images": images.numpy()}
+        split, feed = SimpleNamespace(images=images), {"images": images.numpy()}
         contenders = {
-            "pytorch_ms": lambda images=images: (_logits(predictor, images) / temperature).softmax(dim=1),
+            "pytorch_ms": lambda split=split: predict_logits(predictor.model, split, transform).softmax(dim=1),
             "onnx_ms": lambda feed=feed: session.run(["probabilities"], feed),
         }
         times: dict[str, list[float]] = {name: [] for name in contenders}
         for _ in range(TURNS):
-            for name, run in contenders.items():
-                times[name] += _times(run, seconds / TURNS)
+            for name, answer in contenders.items():
+                times[name] += _times(answer, seconds / TURNS)
         rows.append({"batch_size": size, **{name: 1000 * float(np.median(t)) / size for name, t in times.items()}})
-    device = str(next(predictor.model.parameters()).device)
     frame = pd.DataFrame(rows)
+    device = str(next(predictor.model.parameters()).device)
     return frame.assign(speedup=frame.pytorch_ms / frame.onnx_ms, threads=torch.get_num_threads(), device=device)
 
 
-def _times(run: Callable[[], object], seconds: float) -> list[float]:
+def _times(answer: Callable[[], object], seconds: float) -> list[float]:
     """Seconds of each call, after one that is not counted: as many calls as fit, at least two."""
-    run()
+    answer()
     times: list[float] = []
     while sum(times) < seconds or len(times) < 2:
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
+        times.append(timeit.timeit(answer, number=1))
     return times
-
-
-def export_checked(run: str | os.PathLike | None, out: str | os.PathLike) -> Path:
-    """Export a run's model, compare it with PyTorch on the 200 shipped images, and only then write it.
-
-    Parameters
-    ----------
-    run : a run folder; None for the newest run, else the shipped model
-    out : the file to write
-
-    Raises
-    ------
-    ExportError
-        When any label differs, or any probability by more than 0.001; nothing is written then.
-    """
-    _require("onnx", "onnxscript", "onnxruntime")
-    path = _checked_target(out)
-    predictor = Predictor.newest_or_shipped(run or "")
-    log.info(f"Model: {predictor.source}")
-    data = _serialized(predictor)
-    found = check_onnx(data, predictor, load_samples())
-    same, n = found["images"] - found["different_labels"], found["images"]
-    said = f"{same} of {n} labels as PyTorch, probabilities differ by at most {found['probability_difference']:.1g}"
-    if same < n or not found["probability_difference"] <= TOLERANCE:  # not a number is no success
-        raise ExportError(f"the exported model answers differently ({said}); nothing was written")
-    log.info(f"Checked on {n} pictures: {said}")
-    _write(data, path)
-    log.info(f"Wrote {show_path(path)}, {path.stat().st_size / 1e6:.1f} MB")
-    for row in latency(data, predictor).itertuples():
-        times = f"{row.onnx_ms:.2f} ms with ONNX Runtime, {row.pytorch_ms:.2f} ms with PyTorch ({row.device})"
-        log.info(f"A picture, {row.batch_size} at a time: {times}, threads: {row.threads}")
-    return path

@@ -32,7 +32,6 @@ from cifar_ft.predictions.images import (
     Picture,
     checked_fit,
     find_pictures,
-    read_image,
     squared,
 )
 from cifar_ft.recipes import Recipe
@@ -105,22 +104,24 @@ class Predictor:
     truck (99.1 %)
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        recipe: Recipe,
-        source: str,
-        precision: str = "fp32",
-        calibration: dict[str, float] | None = None,
-    ):
-        self.model, self.recipe, self.source, self.precision = model.eval(), recipe, source, precision
-        self.calibration = _checked_calibration(calibration, source)
+    def __init__(self, model: nn.Module, recipe: Recipe, source: str, calibration: dict[str, float] | None = None):
+        self.model, self.recipe, self.source, self.calibration = model.eval(), recipe, source, calibration
+        if calibration is not None:
+            values = [calibration.get(name) for name in ("temperature", "lowest_energy", "false_alarms")]
+            good = all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+            if not good or values[0] <= 0:
+                raise PredictionError(f"the calibration of {source} is damaged ({calibration}); {TRAIN}")
 
     def __repr__(self) -> str:
         return f"Predictor({self.source})"
 
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by before they become probabilities; 1 without a calibration."""
+        return self.calibration["temperature"] if self.calibration else 1.0
+
     @classmethod
-    def from_run(cls, path: str | os.PathLike | None = None, precision: str = "fp32") -> Predictor:
+    def from_run(cls, path: str | os.PathLike | None = None) -> Predictor:
         """The model of a finished run; without a path, of the newest one.
 
         Raises
@@ -131,18 +132,18 @@ class Predictor:
         path = path or newest_run()
         if path is None:
             raise PredictionError(f"there is no finished run in {show_path(runs_root())}; {TRAIN}")
-        run = load_run(Path(os.path.expanduser(path)))
+        run = load_run(os.path.expanduser(path))
         n = len(run.labels)
         source = f"the run {show_path(run.path)} ({accuracy_text(run.correct, n)} on {n:,} test images)"
         advice = "restore it or train this run again"
         with _described(run.path / "config.json", advice):
             recipe, backbone = run.recipe, run.config["weights"]["backbone"]
         state, _ = _read_weights(run.path / "model.safetensors", advice)
-        return cls(_rebuild(recipe, backbone, state, source), recipe, source, precision, run.metrics.get("calibration"))
+        return cls(_rebuild(recipe, backbone, state, source), recipe, source, run.metrics.get("calibration"))
 
     @classmethod
-    def shipped(cls, precision: str = "fp32") -> Predictor:
-        """The fine-tuned model that comes with the package (see `export_shipped`)."""
+    def shipped(cls) -> Predictor:
+        """The fine-tuned model that comes with the package."""
         advice = "install the package again"
         if not SHIPPED.is_file():
             raise PredictionError(f"this copy of the package has no shipped model; {TRAIN}")
@@ -153,7 +154,7 @@ class Predictor:
             n, accuracy = metrics["test_images"], metrics["test_accuracy"]
             score = f"{accuracy_text(round(accuracy * n), n)} on {n:,} test images"
         source = f"the shipped model (recipe {recipe.name}, {backbone}, {score})"
-        return cls(_rebuild(recipe, backbone, state, source), recipe, source, precision, calibration)
+        return cls(_rebuild(recipe, backbone, state, source), recipe, source, calibration)
 
     @classmethod
     def newest_or_shipped(cls, run_dir: str | os.PathLike = "") -> Predictor:
@@ -190,58 +191,47 @@ class Predictor:
             For the first picture that cannot be read, with its position; `predict_paths` goes on instead.
         """
         k = None if top_k is None else _checked_k(top_k)
-        notes = []
-        logits = self._logits(images, fit, notes)
-        rows = zip(self._probabilities(logits).tolist(), self._unknown(logits), notes, strict=True)
-        return [_prediction(row, k, unknown, note) for row, unknown, note in rows]
+        logits, notes = self._answer(images, fit)
+        unknown = [None] * len(notes)
+        if self.calibration:
+            unknown = (energy(logits) < self.calibration["lowest_energy"]).tolist()
+        rows = (logits / self.temperature).softmax(dim=1).tolist()
+        return [_prediction(*row, k) for row in zip(rows, unknown, notes, strict=True)]
 
     def predict_proba(self, images, *, fit: str = "crop") -> np.ndarray:
         """Calibrated probabilities, float32 [N, 10] in class order, for what `predict` accepts."""
-        return self._probabilities(self._logits(images, fit, [])).numpy()
+        return (self.logits(images, fit=fit) / self.temperature).softmax(dim=1).numpy()
 
-    def _logits(self, images, fit: str, notes: list[tuple[Note, ...]]) -> Tensor:
-        """Logits [N, 10] of what `predict` accepts; what was done to each picture is appended to `notes`."""
+    def logits(self, images, *, fit: str = "crop") -> Tensor:
+        """What the network gives, not calibrated: float32 [N, 10] on the CPU, for what `predict` accepts."""
+        return self._answer(images, fit)[0]
+
+    def _answer(self, images, fit: str) -> tuple[Tensor, list[tuple[Note, ...]]]:
+        """Logits [N, 10] of what `predict` accepts, and what was done to each picture."""
         checked_fit(fit)
         images = images.images if isinstance(images, Split) else images
         if isinstance(images, Tensor) and images.dtype == torch.uint8 and images.shape[1:] == (3, SIZE, SIZE):
-            notes += [()] * len(images)  # nothing to read or to cut: as fast as evaluation
-            return self._batch_logits(images) if len(images) else torch.zeros(0, len(CLASSES))
-        parts = []
+            # Nothing to read or to cut: as fast as evaluation.
+            return self._batch_logits(images), [()] * len(images)
+        logits, notes = [self._batch_logits(torch.zeros(0))], []
         for batch in chunks(_squares(images, fit)):
+            logits.append(self._batch_logits(torch.stack([picture.image for picture in batch])))
             notes += [picture.notes for picture in batch]
-            parts.append(self._batch_logits(torch.stack([picture.image for picture in batch])))
-        return torch.cat(parts) if parts else torch.zeros(0, len(CLASSES))
+        return torch.cat(logits), notes
 
     def _batch_logits(self, images: Tensor) -> Tensor:
+        if not len(images):
+            return torch.zeros(0, len(CLASSES))
         split = SimpleNamespace(images=images)
-        options = {"batch_size": BATCH, "precision": self.precision}
-        logits = predict_logits(self.model, split, eval_transform(self.recipe), **options)
+        logits = predict_logits(self.model, split, eval_transform(self.recipe), batch_size=BATCH)
         if not logits.isfinite().all():
             raise PredictionError(f"{self.source} gives values that are not finite; use another run")
         return logits
 
-    def _probabilities(self, logits: Tensor) -> Tensor:
-        return (logits / (self.calibration or {}).get("temperature", 1.0)).softmax(dim=1)
 
-    def _unknown(self, logits: Tensor) -> list[bool | None]:
-        if not self.calibration:
-            return [None] * len(logits)
-        return (energy(logits) < self.calibration["lowest_energy"]).tolist()
-
-
-def _checked_calibration(calibration: dict | None, source: str) -> dict | None:
-    names = ("temperature", "lowest_energy", "false_alarms")
-    values = [] if calibration is None else [calibration.get(name) for name in names]
-    good = all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
-    if not good or (values and values[0] <= 0):
-        raise PredictionError(f"the calibration of {source} is damaged ({calibration}); {TRAIN}")
-    return calibration
-
-
-def _prediction(row: list[float], k: int | None, unknown: bool | None, notes: tuple[Note, ...]) -> Prediction:
+def _prediction(row: list[float], unknown: bool | None, notes: tuple[Note, ...], k: int | None) -> Prediction:
     order = sorted(range(len(row)), key=lambda i: -row[i])
-    kept = range(len(row)) if k is None else order[:k]
-    probabilities = {CLASSES[i]: row[i] for i in kept}
+    probabilities = {CLASSES[i]: row[i] for i in (range(len(row)) if k is None else order[:k])}
     return Prediction(CLASSES[order[0]], order[0], row[order[0]], probabilities, unknown, notes)
 
 
@@ -253,26 +243,23 @@ def _checked_k(k: int) -> int:
 
 def _squares(images, fit: str) -> Iterator[Picture]:
     """Each picture as uint8 [3, 32, 32], with all that was done to it."""
-    if isinstance(images, (str, os.PathLike)) and os.path.isdir(os.path.expanduser(images)):
+    if isinstance(images, (str, os.PathLike)):
         for path, problem in find_pictures(images):
             if problem:
                 problem.about = show_path(path)
                 raise problem
             yield squared(path, fit)
         return
-    kinds = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, dict)
-    if isinstance(images, kinds) or hasattr(images, "read") or getattr(images, "ndim", 1) not in (1, 4):
+    single = isinstance(images, (bytes, bytearray, memoryview, Image.Image, dict)) or hasattr(images, "read")
+    if single or not isinstance(images, Iterable) or getattr(images, "ndim", 1) not in (1, 4):
         yield squared(images, fit)
         return
-    if not isinstance(images, Iterable):
-        read_image(images)  # says what can be read
     for position, image in enumerate(images):
         try:
             yield squared(image, fit)
         except ImageError as error:
-            error.about = ": ".join(
-                part for part in (f"image {position} of the batch (counted from 0)", error.about) if part
-            )
+            place = f"image {position} of the batch (counted from 0)"
+            error.about = f"{place}: {error.about}" if error.about else place
             raise
 
 
