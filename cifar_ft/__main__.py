@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -104,12 +105,12 @@ def predict(
     if csv and not is_device(csv):
         check_target(csv)
     keep_memory()
-    predictor = Predictor.newest_or_shipped(run or "")
-    typer.echo(f"Model: {predictor.source}", err=True)
+    with redirect_stdout(sys.stderr):  # which model answers; standard output is for rows alone
+        predictor = Predictor.newest_or_shipped(run or "")
     # rows on a terminal are progress enough
     hidden = (csv is None and sys.stdout.isatty()) or not sys.stderr.isatty()
     total = None if hidden else count_files(inputs)
-    rows = predict_paths(inputs, predictor, fit=fit, details=details)
+    rows = predict_paths(inputs, predictor, fit=fit)
     if csv is None and hasattr(sys.stdout, "reconfigure"):  # no file name may end the run
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, with what there is

@@ -1,21 +1,53 @@
-"""The command line as a user meets it: real processes, their exit status, and what they say."""
+"""The command line as a user meets it: exit status, what it says and where; real processes for what only they show."""
 
 import csv
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
-from cifar_ft.data import load_samples
+from cifar_ft import __version__, course, data, models, predictions, widget
+from cifar_ft.__main__ import main
+
+TINY = ["backbone=resnet18", "last_stage=1", "image_size=16", "train_images=all", "val_images=all", "test_images=all"]
 
 
-def run(*arguments, **options):
-    command = [sys.executable, "-m", "cifar_ft", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line in this process; the answer has returncode, stdout and stderr."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["cifar_ft", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return SimpleNamespace(returncode=ended.value.code, **capsys.readouterr()._asdict())
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def pictures(tmp_path, samples):
+    """A folder of three pictures, the last with a name outside of ASCII."""
+    for name, image in zip(("0.png", "1.png", "猫.png"), samples.images, strict=False):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name)
+    return tmp_path
+
+
+def raising(error):
+    def fail(*arguments, **options):
+        raise error
+
+    return fail
 
 
 @pytest.mark.parametrize(
@@ -25,122 +57,162 @@ def run(*arguments, **options):
         (["train", "--set", "epoch=1"], ["'epoch'", "did you mean 'epochs'"]),
         (["train", "--set", "epochs=some"], ["epochs='some'", "whole number"]),
         (["train", "--resume"], ["--out"]),
-        (["course", "-p", "SEEED=1"], ["SEEED", "SEED"]),
-        (["course", "-p", "SEED=one"], ["SEED"]),
+        (["course", "-p", "SEEED=1"], ["SEEED", "did you mean 'SEED'"]),
+        (["course", "-p", "SEED=one"], ["SEED", "wants int"]),
         (["data", "--source", "ftp"], ["ftp", "npm"]),
         (["predict", "x.png", "--csv", "."], ["it is a folder", "choose another file"]),
         (["predict", "x.png", "--csv", "no/rows.csv"], ["there is no folder", "choose another file"]),
+        (["predict", "x.png", "--fit", "stretch"], ["stretch", "crop", "pad"]),
+        (["app", "--port", "99999"], ["--port", "65535"]),
         (["nonsense"], ["nonsense"]),
     ],
 )
-def test_a_wrong_argument_exits_2_and_says_what_is_allowed(arguments, names, tmp_path):
-    done = run(*arguments, cwd=tmp_path if arguments[0] != "course" else None)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+def test_a_wrong_argument_exits_2_and_says_what_is_allowed(run, tmp_path, monkeypatch, arguments, names):
+    monkeypatch.chdir(tmp_path)
+    done = run(*arguments)
+    assert (done.returncode, done.out) == (2, "")
     for name in names:
-        assert name in done.stderr
+        assert name in done.err
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failure_exits_1_in_one_or_two_lines_and_with_debug_shows_the_traceback(tmp_path):
+def test_a_failure_exits_1_in_one_or_two_lines_and_with_debug_shows_the_traceback(run, tmp_path, monkeypatch):
     done = run("predict", "x.png", "--run", tmp_path / "none")
     assert done.returncode == 1
-    assert len(done.stderr.strip().splitlines()) <= 2
-    assert "no run directory" in done.stderr
-    assert "Traceback" in run("predict", "x.png", "--run", tmp_path / "none", "--debug").stderr
+    assert len(done.err.strip().splitlines()) <= 2
+    assert "no run directory" in done.err
+    monkeypatch.setattr(data, "fetch_cifar10", raising(KeyError("x")))
+    done = run("data")
+    assert (done.returncode, done.err) == (1, "Error: KeyError: 'x'\nRun it again with --debug to see where.\n")
+    monkeypatch.setattr(sys, "argv", ["cifar_ft", "data", "--debug"])
+    with pytest.raises(KeyError):
+        main()
+    monkeypatch.setattr(data, "fetch_cifar10", raising(KeyboardInterrupt()))
+    assert run("data").returncode == 130
 
 
-def test_importing_the_package_and_asking_for_help_does_not_import_torch():
-    code = "import sys, cifar_ft, cifar_ft.__main__; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
-    assert "course" in run("--help").stdout
+def test_help_lists_the_commands_at_once():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "cifar_ft", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    for command in ("check", "data", "train", "predict", "export", "app", "course", "version"):
+        assert f"  {command} " in done.stdout
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "typer" in imported
+    assert not {"torch", "numpy", "pydantic", "tqdm", "cifar_ft.recipes"} & imported  # a second and more
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals as on Linux")
-@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
-def test_an_interrupted_predict_keeps_its_rows_and_says_where(how, tmp_path):
-    picture = tmp_path / "a.png"
-    Image.new("RGB", (32, 32)).save(picture)
-    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += "from cifar_ft.__main__ import main\n"
-    code += "sys.argv = ['cifar_ft', 'predict', *['a.png'] * 5000, '--csv', 'rows.csv', '--run', 'shipped']; main()"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not any(file.stat().st_size > 60 for file in tmp_path.glob(".rows.csv.*")):
-        time.sleep(0.1)
-    process.send_signal(getattr(signal, how))
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 130, said
-    assert "Interrupted; the rows so far are in" in said
-    assert "Traceback" not in said
-    assert (tmp_path / "rows.csv.partial").read_text().startswith("path,label,probability,error\na.png,")
+def test_version_and_app_pass_on_what_they_are_told(run, monkeypatch):
+    assert run("version").out == f"{__version__}\n"
+    calls = []
+    monkeypatch.setattr(widget, "serve", lambda *arguments: calls.append(arguments))
+    assert run("app", "--port", 9000, "--no-browser", "--pool", 1).returncode == 0
+    assert calls == [(9000, "127.0.0.1", False, 1)]
+
+
+# -- predict
+
+
+def test_predict_answers_every_input_and_exits_1_when_one_cannot_be_read(run, pictures):
+    good = run("predict", pictures, "--csv", pictures / "rows.csv", "--run", "shipped")
+    assert (good.returncode, good.out) == (0, "")
+    assert good.err.startswith("Predicting with the shipped model")
+    assert good.err.endswith("3 inputs, 0 could not be read\n")
+    rows = list(csv.DictReader((pictures / "rows.csv").open(encoding="utf-8")))
+    assert [row["path"][-5:] for row in rows] == ["0.png", "1.png", "猫.png"]
+    assert all(0.1 <= float(row["probability"]) <= 1 and not row["error"] for row in rows)
+    (pictures / "bad.png").write_text("no picture")
+    bad = run("predict", pictures, "https://example.org/cat.jpg", "--details")
+    assert bad.returncode == 1
+    rows = list(csv.DictReader(bad.out.splitlines()))  # nothing but rows on standard output
+    assert [bool(row["error"]) for row in rows] == [False, False, True, False, True]
+    assert "is an address; download the picture" in rows[-1]["error"]
+    assert {"unknown", "notes"} < rows[0].keys()
+
+
+def test_no_file_name_ends_the_rows_on_standard_output(run, pictures, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert run("predict", pictures, "--fit", "pad").returncode == 0
+    lines = stream.buffer.getvalue().decode().splitlines()
+    assert [line.split(",")[0][-6:] for line in lines[1:]] == ["/0.png", "/1.png", "/猫.png"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_predict_keeps_its_rows_and_says_where(run, tmp_path, monkeypatch, how):
+    def rows(*arguments, **options):
+        yield {"path": "a.png", "label": "cat", "probability": 0.5, "error": ""}
+        signal.raise_signal(how)
+
+    monkeypatch.setattr(predictions, "predict_paths", rows)
+    done = run("predict", "a.png", "--csv", tmp_path / "rows.csv", "--run", "shipped")
+    assert done.returncode == 130
+    assert "Interrupted; the rows so far are in" in done.err
+    assert (tmp_path / "rows.csv.partial").read_text() == "path,label,probability,error\na.png,cat,0.5,\n"
     assert not (tmp_path / "rows.csv").exists()
 
 
-def test_predict_answers_every_input_and_exits_1_when_one_cannot_be_read(tmp_path):
-    for i, image in enumerate(load_samples().images[:3]):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
-    good = run("predict", tmp_path, "--csv", tmp_path / "rows.csv")
-    assert good.returncode == 0, good.stderr
-    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
-    assert [row["path"][-5:] for row in rows] == ["0.png", "1.png", "2.png"]
-    assert all(0.1 <= float(row["probability"]) <= 1 and not row["error"] for row in rows)
-    (tmp_path / "bad.png").write_text("no picture")
-    bad = run("predict", tmp_path)
-    assert bad.returncode == 1
-    rows = list(csv.DictReader(bad.stdout.splitlines()))  # nothing but rows on standard output
-    assert [bool(row["error"]) for row in rows] == [False, False, False, True]
+@pytest.mark.skipif(os.name == "nt", reason="pipes and signals as on Linux")
+def test_a_reader_that_stops_and_a_signal_end_a_real_process_without_a_traceback(pictures):
+    command = [sys.executable, "-m", "cifar_ft", "predict", *["0.png"] * 5000, "--run", "shipped"]
+    options = {"cwd": pictures, "text": True, "env": {**os.environ, "PYTHONPATH": str(Path.cwd())}}
+    reading = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    writing = subprocess.Popen([*command, "--csv", "rows.csv"], stderr=subprocess.PIPE, **options)
+    assert reading.stdout.readline() == "path,label,probability,error\n"
+    reading.stdout.close()
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not any(file.stat().st_size > 60 for file in pictures.glob(".rows.csv.*")):
+        time.sleep(0.05)
+    writing.send_signal(signal.SIGTERM)
+    said = [process.stderr.read() for process in (reading, writing)]
+    assert (reading.wait(60), writing.wait(60)) == (1, 130), said
+    assert "Traceback" not in "".join(said)
+    assert (pictures / "rows.csv.partial").read_text().startswith("path,label,probability,error\n0.png,")
 
 
-def test_no_file_name_ends_the_rows_on_standard_output(tmp_path):
-    for name in ("猫.png", "b.png"):
-        Image.fromarray(load_samples().images[0].permute(1, 2, 0).numpy()).save(tmp_path / name)
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    command = [sys.executable, "-m", "cifar_ft", "predict", str(tmp_path), "--fit", "pad"]
-    done = subprocess.run(command, capture_output=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert [line.split(",")[0][-6:] for line in done.stdout.decode().splitlines()[1:]] == ["/b.png", "/猫.png"]
+# -- check, course, train
 
 
-def test_an_address_is_told_from_a_path():
-    done = run("predict", "https://example.org/cat.jpg")
-    assert "is an address; download the picture" in done.stdout
-
-
-@pytest.mark.data
-def test_check_says_ok_where_the_course_can_run():
+def test_check_exits_1_where_something_is_missing(run, monkeypatch):
+    monkeypatch.setattr(course, "checks", lambda: iter([(True, "Python 3", ""), (False, "CIFAR-10", "by hand: ...")]))
     done = run("check")
-    assert done.returncode == 0, done.stdout
-    assert "[FAIL]" not in done.stdout
-    assert "CIFAR-10 is verified" in done.stdout
-
-
-def test_check_fails_and_says_what_to_do_without_data_and_network(tmp_path):
-    offline = {"PATH": "", "HOME": str(tmp_path), "CIFAR_FT_DATA": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
-    offline |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    done = run("check", env=offline)
-    assert done.returncode == 1
-    assert "[FAIL] CIFAR-10" in done.stdout
-    assert "By hand" in done.stdout
+    assert (done.returncode, done.out) == (1, "[OK] Python 3\n[FAIL] CIFAR-10 - by hand: ...\n")
 
 
 @pytest.mark.data
-def test_train_leaves_a_run_and_resume_finds_it_finished(tmp_path):
-    tiny = [
-        "--set",
-        "backbone=resnet18",
-        "--set",
-        "train_images=64",
-        "--set",
-        "val_images=50",
-        "--set",
-        "test_images=50",
-    ]
-    arguments = ["train", "--recipe", "smoke", "--weights", "none", *tiny, "--out", tmp_path / "run"]
+def test_check_says_ok_where_the_course_can_run(run, monkeypatch):
+    monkeypatch.setenv("CIFAR_FT_BACKBONE", "efficientnet_lite0")  # "auto" asks the network
+    done = run("check")
+    assert done.returncode == 0, done.out
+    assert "CIFAR-10 is verified" in done.out
+
+
+def test_course_fetches_what_the_notebooks_need_and_prints_the_table(run, tmp_path, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(data, "fetch_cifar10", fetched.append)
+    monkeypatch.setattr(models, "resolve_backbone", lambda name: "resnet18")
+    monkeypatch.setattr(models, "fetch_weights", lambda name: SimpleNamespace(name="V1", source="torchvision"))
+
+    def run_course(out, recipe, parameters, before):
+        before({"RECIPE": recipe, "OVERRIDES": "", "DATA_ROOT": "there"})
+        return course.CourseResult([(parameters[0], 2.0)], None, None, out)
+
+    monkeypatch.setattr(course, "run_course", run_course)
+    done = run("course", "--recipe", "smoke", "-p", "SEED=1", "--out", tmp_path)
+    assert (done.returncode, fetched) == (0, ["there"])
+    assert "Weights: resnet18, V1, from torchvision\n\n\nSEED=1       2.0 s\n" in done.out
+
+
+def test_train_leaves_a_run_and_resume_finds_it_finished(run, tmp_path, monkeypatch, small_data):
+    monkeypatch.setattr(data, "load_cifar10", lambda root: small_data)
+    settings = [part for setting in TINY for part in ("--set", setting)]
+    arguments = ["train", "--recipe", "smoke", "--weights", "none", *settings, "--out", tmp_path / "run"]
     first = run(*arguments)
-    assert first.returncode == 0, first.stderr
-    assert "Test accuracy" in first.stdout
+    assert first.returncode == 0, first.err
+    assert "Test accuracy" in first.out
     again = run(*arguments)
-    assert again.returncode == 1
-    assert "already holds a run" in again.stderr
-    assert "nothing to resume" in run(*arguments, "--resume").stdout
+    assert (again.returncode, "already holds a run" in again.err) == (1, True)
+    assert "nothing to resume" in run("train", "--out", tmp_path / "run", "--resume").out  # the recipe is the run's
+    other = run("train", "--out", tmp_path / "run", "--resume", "--set", "lr=0.5")
+    assert (other.returncode, "lr" in other.err) == (1, True)
