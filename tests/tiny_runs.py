@@ -1,14 +1,17 @@
 """A run small enough to be trained in seconds, and what tests compare of it."""
 
 import csv
+import itertools
 import json
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from cifar_ft.recipes import get_recipe
 from cifar_ft.results import load_run
+from cifar_ft.training import RunDirectory, fit
 
 ALL = {"train_images": None, "val_images": None, "test_images": None}
 
@@ -18,10 +21,6 @@ def recipe(**overrides):
     defaults = {"backbone": "resnet18", "weights": "none", "last_stage": 1, "image_size": 16, "batch_size": 24}
     rest = {"checkpoint_steps": 1, "select": "best", "ema_decay": 0.8, "lr": 0.05}
     return get_recipe("smoke", {**ALL, **defaults, **rest, **overrides})
-
-
-def quiet(line):
-    pass
 
 
 def raise_(error):
@@ -50,3 +49,28 @@ def same_run(one, other):
     assert [item for item in figures[0] if item[0] not in times] == [
         item for item in figures[1] if item[0] not in times
     ]
+
+
+class Crash(Exception):
+    """What a test interrupts training with."""
+
+
+def crash_at(patch, nth):
+    """Crash right after the nth checkpoint."""
+    save, count = RunDirectory.save_checkpoint, itertools.count(1)
+
+    def save_and_crash(self, *arguments):
+        save(self, *arguments)
+        if next(count) == nth:
+            raise Crash
+
+    patch.setattr(RunDirectory, "save_checkpoint", save_and_crash)
+
+
+def interrupted(patch, data, path, nth, **overrides):
+    """Train `recipe(**overrides)` until its nth checkpoint."""
+    with patch.context() as inner:
+        crash_at(inner, nth)
+        with pytest.raises(Crash):
+            fit(recipe(**overrides), data, path)
+    assert not (path / "metrics.json").exists()

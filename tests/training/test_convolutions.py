@@ -9,7 +9,7 @@ from timm.layers import Conv2dSame
 from torch import nn
 
 from cifar_ft.models import create_backbone
-from cifar_ft.training import DepthwiseConv2d, PointwiseConv2d, SmallMapConv2d, speed_up
+from cifar_ft.training.convolutions import DepthwiseConv2d, PointwiseConv2d, SmallMapConv2d, speed_up
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = [*((size, size) for size in range(2, 18)), (5, 8), (16, 7), (3, 12)]

@@ -1,6 +1,5 @@
 """Several processes, really started: one result, each image once, one folder, resumable."""
 
-import itertools
 import signal
 import subprocess
 import sys
@@ -14,12 +13,19 @@ import torch
 from tiny_runs import recipe
 from torch import nn
 
-from cifar_ft import models, training
-from cifar_ft.data import EpochBatches
+from cifar_ft import models
 from cifar_ft.results import load_run
+from cifar_ft.training import distributed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+
+
 TRAIN = ["-m", "cifar_ft", "train", "--recipe", "smoke"]
+
+
 FROZEN = {
     "backbone": "resnet18", "weights": "none", "last_stage": 1, "freeze_batchnorm": True, "epochs": 2, "batch_size": 60,
     "train_images": 242, "val_images": 101, "test_images": 997, "lr": 0.05, "ema_decay": 0.9, "label_smoothing": 0.1,
@@ -81,7 +87,7 @@ def test_several_processes_are_resumed_as_if_never_stopped(tmp_path, how):
         psutil.wait_procs(workers, timeout=90)
     assert not (path / "metrics.json").exists()
     run, output = train(2, path, settings, "--resume")
-    assert "Resuming behind epoch" in output
+    assert "Resuming after epoch" in output
     assert np.array_equal(run.logits, whole.logits)
     np.testing.assert_allclose(run.history.train_loss, whole.history.train_loss, rtol=1e-6)
     assert list(run.history.train_accuracy) == list(whole.history.train_accuracy)
@@ -99,20 +105,6 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 5, 7])
-@pytest.mark.parametrize("size", [2, 3, 5, 6, 60])
-def test_shares_count_each_image_of_a_batch_once_and_none_is_too_small_for_batchnorm(world, size):
-    samplers = [EpochBatches(size, size, True, rank=rank, world=world) for rank in range(world)]
-    counted = [sampler.share(size)[: sampler.counted(size)].tolist() for sampler in samplers]
-    assert sorted(itertools.chain(*counted)) == list(range(size))
-    for sampler in samplers:
-        share = sampler.share(size).tolist()
-        assert len(share) >= 2
-        assert len(set(share)) == len(share)
-    plain = EpochBatches(size, size, False, rank=world - 1, world=world)
-    assert len(plain.share(size)) == plain.counted(size)  # when scoring, nothing is filled up
-
-
 def test_statistics_are_shared_as_their_mean():
     mine, other = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
     mine.running_mean.fill_(1.0)
@@ -122,45 +114,28 @@ def test_statistics_are_shared_as_their_mean():
         assert reduction == "mean"
         return (values + torch.cat([b.flatten() for b in other.buffers() if b.is_floating_point()])) / 2
 
-    training.share_statistics(SimpleNamespace(num_processes=2, reduce=reduce), mine, None, nn.Linear(2, 2))
+    distributed.share_statistics(SimpleNamespace(num_processes=2, reduce=reduce), mine, None, nn.Linear(2, 2))
     assert mine.running_mean.tolist() == [2.5] * 3
     assert mine.running_var.tolist() == [1.0] * 3
 
 
 def test_on_gpus_batchnorm_is_synchronised_unless_it_is_frozen():
     cuda = SimpleNamespace(num_processes=2, device=torch.device("cuda"))
-    model = models.build_model(recipe(freeze="stem"), lambda _: None)
+    model = models.build_model(recipe(freeze="stem"))
     names = set(model.state_dict())
-    synced = training.synchronize_batchnorm(model, cuda)
+    synced = distributed.synchronize_batchnorm(model, cuda)
     norms = [m for m in synced.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert sum(isinstance(m, nn.SyncBatchNorm) for m in norms) == len(norms) - 1
     assert models.is_frozen_batchnorm(synced.bn1)
     assert set(synced.state_dict()) == names
     for world, device in ((1, "cuda"), (2, "cpu")):
         alone = SimpleNamespace(num_processes=world, device=torch.device(device))
-        model = training.synchronize_batchnorm(models.build_model(recipe(), lambda _: None), alone)
+        model = distributed.synchronize_batchnorm(models.build_model(recipe()), alone)
         assert not any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
 
 
-@pytest.mark.parametrize("asked", [0.0, 1.0])
-def test_processes_agree_to_stop_at_every_tenth_step(asked):
-    stop, asks = training.StopRequest(str), []
-
-    def reduce(values, reduction):
-        asks.append(reduction)
-        return values + asked  # what the others say
-
-    several = SimpleNamespace(num_processes=3, device=torch.device("cpu"), reduce=reduce)
-    assert [stop.agreed(several, step) for step in range(1, 11)] == [False] * 9 + [asked > 0]
-    assert len(asks) == 1
-    assert stop.agreed(several) is (asked > 0)
-    stop.name = "SIGTERM"
-    assert not stop.agreed(several, 3)
-    assert stop.agreed(several, 20)
-
-
 def test_frozen_batchnorm_trains_weights_and_keeps_statistics():
-    model = models.build_model(recipe(freeze_batchnorm=True), lambda _: None).train()
+    model = models.build_model(recipe(freeze_batchnorm=True)).train()
     before = {name: value.clone() for name, value in model.named_buffers()}
     model(torch.randn(4, 3, 32, 32)).sum().backward()
     assert all(torch.equal(before[name], value) for name, value in model.named_buffers())

@@ -1,201 +1,201 @@
-"""The choice of how to compute: measured once, remembered, and crash-safe."""
+"""All that exists only for speed: precision by rule, the trial for the oneDNN crash, what the machine is."""
 
 import json
+import os
 import signal
 import sys
-import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 
-from cifar_ft import training
+from cifar_ft import CifarFtError
 from cifar_ft.recipes import get_recipe
-from cifar_ft.training import Plan, choose_plan
+from cifar_ft.training import Plan, choose_plan, hardware, usable_cpus
+from cifar_ft.training.hardware import cpu_precision, trial_step
 
+machine = sys.modules["cifar_ft.training.hardware"]  # `training.hardware` is the function
 CPU = torch.device("cpu")
-TINY = {"backbone": "resnet18", "last_stage": 1, "image_size": 16, "batch_size": 8, "precision": "auto"}
+AMX, BF16 = frozenset({"avx512f", "avx512_bf16", "amx_bf16"}), frozenset({"avx512f", "avx512_bf16"})
 
 
 def recipe(**overrides):
-    return get_recipe("smoke", {**TINY, **overrides})
+    tiny = {"backbone": "resnet18", "last_stage": 1, "image_size": 16, "batch_size": 8, "precision": "auto"}
+    return get_recipe("smoke", {**tiny, **overrides})
 
 
 @pytest.fixture
-def threads():
-    """Leave the number of threads and oneDNN as they were."""
-    before = torch.get_num_threads()
-    yield before
-    torch.set_num_threads(before)
-    torch.backends.mkldnn.set_flags(True)
+def processor(monkeypatch, tmp_path):
+    """Pretend another processor; the answers of trials go to an empty data folder."""
+    monkeypatch.setenv("CIFAR_FT_DATA", str(tmp_path))
+    return lambda vendor, features=BF16: monkeypatch.setattr(machine, "_processor", lambda: (vendor, features))
 
 
-@pytest.fixture
-def probed(monkeypatch):
-    """Stands in for the process that measures: notes what is asked, and finds bf16 the faster."""
-    calls = []
-
-    def probe(recipe, threads, onednn):
-        calls.append((recipe.image_size, recipe.batch_size, onednn))
-        return {Plan("fp32", True, 1, onednn): 100.0, Plan("bf16", True, 1, onednn): 150.0}, None
-
-    monkeypatch.setattr(tuning, "_probe", probe)
-    return calls
-
-
-def child(monkeypatch, code):
-    """Let this code be the process that measures."""
-    monkeypatch.setattr(tuning, "COMMAND", [sys.executable, "-c", textwrap.dedent(code)])
-
-
-def test_the_fastest_plan_is_chosen_and_remembered(probed, tmp_path):
-    cache, lines = tmp_path / "new" / "speed.json", []
-    assert choose_plan(recipe(), "resnet18", CPU, cache, echo=lines.append) == Plan("bf16", True, 1)
-    assert probed == [(16, 8, True)]
-    assert "fp32 100, bf16 150" in lines[0]
-    assert "bf16, channels last, 1 thread" in lines[1]
-    assert "--set precision=fp32" in lines[1]
-    assert choose_plan(recipe(), "resnet18", CPU, cache, echo=lines.append).precision == "bf16"
-    assert len(probed) == 1  # from the cache
-    assert "bf16" in lines[-1]
-    for other in ({"image_size": 24}, {"batch_size": 16}, {"freeze": "stage1"}):  # another question
-        choose_plan(recipe(**other), "resnet18", CPU, cache, echo=lines.append)
-    choose_plan(recipe(), "resnet50", CPU, cache, echo=lines.append)
-    assert len(probed) == 5
-    assert len(json.loads(cache.read_text())["plans"]) == 5
-
-
-def test_a_remembered_answer_is_obeyed(probed, tmp_path):
-    cache = tmp_path / "speed.json"
-    choose_plan(recipe(), "resnet18", CPU, cache, echo=str)
-    cache.write_text(cache.read_text().replace("bf16", "fp32"))
-    assert choose_plan(recipe(), "resnet18", CPU, cache, echo=str).precision == "fp32"
-
-
+# what was measured, and what the rule makes of it
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "[1]", "3", "null", '{"x": 1}', '{"plans": 3, "crashes": 4}', "\x00\xff"]
+    ("backbone", "vendor", "features", "faster"),
+    [
+        ("resnet50", "GenuineIntel", AMX, "bf16"),
+        ("efficientnet_lite0", "GenuineIntel", AMX, "bf16"),
+        ("resnet50", "GenuineIntel", BF16, "fp32"),
+        ("efficientnet_lite0", "GenuineIntel", BF16, "fp32"),
+        ("resnet50", "AuthenticAMD", BF16, "bf16"),
+        ("efficientnet_lite0", "AuthenticAMD", BF16, "fp32"),
+        ("resnet50", "AuthenticAMD", frozenset({"avx2"}), "fp32"),
+        ("resnet50", "", frozenset(), "fp32"),
+    ],
 )
-def test_a_damaged_cache_is_measured_again(probed, tmp_path, content):
-    cache = tmp_path / "speed.json"
-    cache.write_bytes(content.encode("latin-1"))
-    for _ in range(2):
-        assert choose_plan(recipe(), "resnet18", CPU, cache, echo=str).precision == "bf16"
-    assert len(probed) == 1
+def test_the_rule_fits_what_was_measured(backbone, vendor, features, faster):
+    assert cpu_precision(backbone, vendor, features)[0] == faster
 
 
-@pytest.mark.parametrize("entry", [None, 3, "bf16", {}, {"precision": "fp8"}, {"precision": "fp32", "more": 1}])
-def test_a_strange_entry_is_measured_again(probed, tmp_path, entry):
-    cache = tmp_path / "speed.json"
-    choose_plan(recipe(), "resnet18", CPU, cache, echo=str)
-    known = json.loads(cache.read_text())
-    cache.write_text(json.dumps({**known, "plans": dict.fromkeys(known["plans"], entry)}))
-    assert choose_plan(recipe(), "resnet18", CPU, cache, echo=str) == Plan("bf16", True, 1)
-    assert len(probed) == 2
-
-
-def test_a_cache_that_cannot_be_written_only_costs_time(probed, tmp_path):
-    (tmp_path / "file").touch()
-    assert choose_plan(recipe(), "resnet18", CPU, tmp_path / "file" / "speed.json", echo=str).precision == "bf16"
-
-
-def test_a_precision_that_is_asked_for_needs_no_measuring(probed, tmp_path):
-    for precision in ("fp32", "bf16"):
-        plan = choose_plan(recipe(precision=precision), "resnet18", CPU, tmp_path / "speed.json", echo=str)
-        assert (plan.precision, plan.channels_last, plan.onednn) == (precision, True, True)
-    assert probed == []
-
-
-def test_each_of_several_processes_is_timed_on_its_share(probed, tmp_path):
-    choose_plan(recipe(), "resnet18", CPU, tmp_path / "speed.json", world=4, echo=str)
-    assert probed == [(16, 2, True)]
+def test_the_choice_is_said_with_its_reason_and_can_be_overruled(processor, said):
+    processor("GenuineIntel", AMX)
+    assert choose_plan(recipe(), "resnet18", CPU).precision == "bf16"
+    assert said[-1].startswith("Training in bf16, ")
+    assert "the processor has AMX; to choose the precision yourself: --set precision=fp32" in said[-1]
+    assert choose_plan(recipe(precision="fp32"), "resnet18", CPU).precision == "fp32"
+    assert "as asked" in said[-1]
 
 
 @pytest.mark.parametrize(
     ("device", "native", "answer"), [("cuda", True, "bf16"), ("cuda", False, "fp16"), ("mps", False, "fp32")]
 )
-def test_elsewhere_the_answer_needs_no_timing(monkeypatch, probed, tmp_path, device, native, answer):
+def test_an_accelerator_has_a_rule_of_its_own(monkeypatch, device, native, answer):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
-    assert choose_plan(recipe(), "resnet18", torch.device(device), tmp_path / "speed.json").precision == answer
-    assert choose_plan(recipe(precision="fp32"), "resnet18", torch.device(device), tmp_path / "x").precision == "fp32"
-    assert probed == []
+    assert choose_plan(recipe(), "resnet18", torch.device(device)) == Plan(answer)
+    assert choose_plan(recipe(precision="fp32"), "resnet18", torch.device(device)) == Plan("fp32")
 
 
-@pytest.mark.slow
-def test_real_steps_are_timed_in_a_process_of_their_own(tmp_path):
-    cache, lines = tmp_path / "speed.json", []
-    plan = choose_plan(recipe(), "resnet18", CPU, cache, echo=lines.append)
-    assert plan.precision in ("fp32", "bf16")
-    assert "Timed a few steps" in lines[0]
-    assert next(iter(json.loads(cache.read_text())["plans"].values()))["precision"] == plan.precision
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_fp16_without_an_nvidia_gpu_is_refused_with_the_alternatives(device):
+    with pytest.raises(CifarFtError, match="needs an NVIDIA GPU; use bf16, fp32 or auto"):
+        choose_plan(recipe(precision="fp16"), "resnet18", torch.device(device))
 
 
-CRASHING = """
-    import os, signal, sys, torch
-    from cifar_ft import tuning
-    timed = training._images_per_second
-    def crash(*arguments, **options):
-        if torch.backends.mkldnn.enabled:
-            os.kill(os.getpid(), signal.{name})
-        return timed(*arguments, **options)
-    training._images_per_second = crash
-    training.main()
-"""
+@pytest.fixture
+def trials(monkeypatch):
+    """Stands in for the process that tries a step: notes what is tried, and ends with `trials.signal`."""
+
+    class Trials(list):
+        signal = None
+
+    calls = Trials()
+    monkeypatch.setattr(machine, "_trial", lambda recipe, plan: calls.append(plan.precision) or calls.signal)
+    return calls
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no such signals")
 @pytest.mark.parametrize("name", ["SIGFPE", "SIGILL"])
-def test_where_the_cpu_library_crashes_training_goes_on_without_it(monkeypatch, tmp_path, name, threads):
-    child(monkeypatch, CRASHING.format(name=name))
-    cache, lines = tmp_path / "speed.json", []
-    plan = choose_plan(recipe(), "resnet18", CPU, cache, echo=lines.append)
-    assert plan.onednn is False
-    assert lines[0] == f"The CPU library oneDNN crashes on this processor ({name}): training without it"
-    assert "without oneDNN" in lines[-1]
-    monkeypatch.setattr(tuning, "_probe", None)  # nothing is measured again
-    assert choose_plan(recipe(), "resnet18", CPU, cache, echo=str) == plan
-    # A precision of one's own choice is not timed, but what is known of the machine counts.
-    assert choose_plan(recipe(precision="fp32"), "resnet18", CPU, cache, echo=str).onednn is False
-    plan.apply()
-    assert not torch.backends.mkldnn.enabled
+def test_where_the_cpu_library_crashes_training_continues_without_it(processor, trials, said, name):
+    processor("AuthenticAMD")
+    trials.signal = getattr(signal, name)
+    plan = choose_plan(recipe(), "resnet18", CPU)
+    assert (plan.precision, plan.onednn) == ("bf16", False)
+    assert said[0] == f"The CPU library oneDNN crashes on this processor ({name}): training without it"
+    assert "without oneDNN" in said[-1]
+    assert choose_plan(recipe(), "resnet18", CPU) == plan
+    assert trials == ["bf16"]  # the answer is remembered
+    trials.signal = None
+    assert choose_plan(recipe(image_size=24), "resnet18", CPU).onednn  # another question
+    try:
+        plan.apply()
+        assert not torch.backends.mkldnn.enabled
+    finally:
+        torch.backends.mkldnn.set_flags(True)
 
 
-BROKEN = {
-    "an error": "raise SystemExit('no memory')",
-    "noise": "print('hello'); print('{}'); print('[1, 2]')",
-    "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
-    "hanging": "import time; time.sleep(60)",
-    "crashing always": "import os, signal; os.kill(os.getpid(), signal.SIGFPE)",
+def test_only_amd_processors_are_tried(processor, trials):
+    processor("GenuineIntel")
+    assert choose_plan(recipe(), "resnet18", CPU).onednn
+    assert trials == []
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "[1]", "3", "null", "\x00\xff"])
+def test_damaged_answers_cost_another_trial(processor, trials, tmp_path, content):
+    processor("AuthenticAMD")
+    (tmp_path / "onednn.json").write_bytes(content.encode("latin-1"))
+    for _ in range(2):
+        assert choose_plan(recipe(), "resnet18", CPU).onednn
+    assert len(trials) == 1
+    assert list(json.loads((tmp_path / "onednn.json").read_text()).values()) == [True]
+
+
+def test_answers_that_cannot_be_written_cost_a_trial_each_time(processor, trials, tmp_path, monkeypatch):
+    processor("AuthenticAMD")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CIFAR_FT_DATA", str(tmp_path / "file"))
+    assert choose_plan(recipe(), "resnet18", CPU).onednn
+    assert choose_plan(recipe(), "resnet18", CPU).onednn
+    assert len(trials) == 2
+
+
+CODES = {  # what the process that tries does, and whether oneDNN then counts as sound
+    "crashing": ("import os, signal; os.kill(os.getpid(), signal.SIGFPE)", False),
+    "an error": ("raise SystemExit('no memory')", True),
+    "killed": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", True),
+    "hanging": ("import time; time.sleep(60)", True),
 }
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no such signals")
-@pytest.mark.parametrize("code", BROKEN.values(), ids=BROKEN)
-def test_a_measurement_that_fails_ends_in_what_works_everywhere(monkeypatch, tmp_path, code):
-    child(monkeypatch, code)
-    monkeypatch.setattr(tuning, "LIMIT", 2)
-    lines = []
-    plan = choose_plan(recipe(), "resnet18", CPU, tmp_path / "speed.json", echo=lines.append)
-    assert plan.precision == "fp32"
-    assert plan.onednn is ("SIGFPE" not in code)
-    assert "did not succeed; training in fp32" in "".join(lines)
-    assert not (tmp_path / "speed.json").exists()  # measured again next time
+@pytest.mark.parametrize(("code", "sound"), CODES.values(), ids=CODES)
+def test_only_a_crash_of_the_trial_counts(processor, monkeypatch, code, sound):
+    run = machine.subprocess.run
+    monkeypatch.setattr(machine, "TRIAL_SECONDS", 1)
+    monkeypatch.setattr(
+        machine.subprocess, "run", lambda command, **options: run([sys.executable, "-c", code], **options)
+    )
+    processor("AuthenticAMD")
+    assert choose_plan(recipe(), "resnet18", CPU).onednn is sound
 
 
-def test_what_was_measured_before_the_time_was_over_decides(monkeypatch, tmp_path):
-    line = json.dumps({"plan": {"precision": "bf16", "threads": 1}, "images_per_second": 7})
-    child(monkeypatch, f"import time; print({line!r}, flush=True); time.sleep(60)")
-    monkeypatch.setattr(tuning, "LIMIT", 4)
-    assert choose_plan(recipe(), "resnet18", CPU, tmp_path / "speed.json", echo=str) == Plan("bf16", True, 1)
+@pytest.mark.slow
+def test_a_real_trial_is_survived_here(processor, monkeypatch):
+    processor("AuthenticAMD")
+    assert machine._trial(recipe(), Plan("fp32")) is None
 
 
-def test_memory_format_and_threads_are_tried_behind_the_precision(monkeypatch, threads):
-    speeds = {("fp32", True, 1): 5.0, ("bf16", True, 1): 4.0, ("fp32", False, 1): 6.0, ("fp32", False, 2): 5.5}
-    tried = []
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_trial_step_goes_forward_and_backward(precision, monkeypatch):
+    monkeypatch.setattr(machine.log, "setLevel", lambda level: None)
+    trial_step(recipe(), precision)
 
-    def timed(model, plan, recipe, give_up):
-        tried.append((plan.precision, plan.channels_last, plan.threads))
-        return speeds[tried[-1]]
 
-    monkeypatch.setattr(tuning, "_images_per_second", timed)
-    found = dict(training.measure(recipe(), [1, 2], True))
-    assert tried == list(speeds)
-    assert max(found, key=found.get) == Plan("fp32", False, 1)
+@pytest.fixture
+def quota(monkeypatch):
+    """A function that sets what the control group says, as text, or None for no control groups."""
+
+    def set_to(text):
+        def read(self, *arguments, **options):
+            if text is None:
+                raise FileNotFoundError
+            return text
+
+        monkeypatch.setattr(Path, "read_text", read)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+
+    return set_to
+
+
+@pytest.mark.parametrize(
+    ("text", "cpus"),
+    [
+        ("max 100000\n", 8), ("200000 100000\n", 2), ("250000 100000", 2), ("50000 100000", 1),
+        ("9900000 100000", 8), (None, 8), ("", 8), ("what", 8),
+    ],
+)  # fmt: skip
+def test_the_processors_that_may_be_used_are_counted(quota, text, cpus):
+    quota(text)
+    assert usable_cpus() == cpus
+
+
+def test_without_affinity_all_processors_count(quota, monkeypatch):
+    quota(None)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert usable_cpus() == 6
+
+
+def test_the_machine_is_named_in_one_line():
+    assert "threads" in hardware()
+    assert "\n" not in hardware()

@@ -1,0 +1,114 @@
+"""What a run leaves: what was measured, in full, and what it was made with."""
+
+import csv
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_runs import history, recipe, weights
+
+from cifar_ft import models, transforms
+from cifar_ft.files import PACKAGE
+from cifar_ft.results import load_run, wilson_interval
+from cifar_ft.training import (
+    TrainingError,
+    fit,
+    new_run_dir,
+    run_files,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_a_run_directory_holds_what_was_measured(small_data, tmp_path):
+    mine = recipe(track_test=True, flip_tta=True, checkpoint_steps=0, schedule="cosine", select="last")
+    run = fit(mine, small_data, tmp_path / "run")
+    with open(run.path / "history.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    columns = "epoch train_loss train_accuracy val_loss val_accuracy test_loss test_accuracy lr seconds"
+    assert header == columns.split()
+    assert [row[0] for row in rows] == ["1", "2"]
+    last = run.history.iloc[-1]
+    assert list(run.history.lr) == pytest.approx([0.05, 0.025])
+    metrics = run.metrics
+    assert set(metrics) >= {
+        "recipe", "backbone", "weights", "epochs", "seed", "train_images", "val_accuracy", "test_accuracy",
+        "test_accuracy_ci95", "test_loss", "train_seconds", "images_per_second", "peak_memory_mb", "hardware",
+        "versions",
+    }  # fmt: skip
+    assert (metrics["recipe"], metrics["backbone"], metrics["weights"]) == ("smoke", "resnet18", "none")
+    assert (metrics["epochs"], metrics["seed"], metrics["train_images"]) == (2, 0, 120)
+    logits, labels = torch.from_numpy(run.logits), torch.from_numpy(run.labels)
+    assert torch.equal(labels, small_data.test.labels)
+    correct = int((logits.argmax(1) == labels).sum())
+    assert metrics["test_accuracy"] == correct / 40 == last.test_accuracy
+    assert metrics["test_accuracy_ci95"] == list(wilson_interval(correct, 40))
+    assert metrics["test_loss"] == pytest.approx(F.cross_entropy(logits, labels).item())
+    assert metrics["test_loss"] == pytest.approx(last.test_loss)
+    assert metrics["val_accuracy"] == last.val_accuracy
+    assert 0 <= metrics["test_accuracy_flip_tta"] <= 1
+    assert metrics["train_seconds"] == pytest.approx(run.history.seconds.sum(), abs=1e-3)
+    assert run.recipe == mine
+    assert run.config["data"] == {"source": "samples", "digest": "0" * 64, "train": 120, "val": 40, "test": 40}
+    assert run.config["weights"]["backbone"] == "resnet18"
+
+
+def test_the_stored_weights_give_the_stored_logits(whole, small_data):
+    model = models.build_model(recipe())
+    model.load_state_dict(weights(whole))
+    with torch.no_grad():
+        logits = model.eval()(transforms.eval_transform(recipe())(small_data.test.images))
+    np.testing.assert_allclose(logits.numpy(), load_run(whole).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_test_columns_stay_empty_unless_the_recipe_tracks_them(whole):
+    assert all(row["test_loss"] == row["test_accuracy"] == "" for row in history(whole))
+    assert all(row["val_loss"] and row["val_accuracy"] for row in history(whole))
+
+
+def test_without_validation_all_training_images_are_trained_on(small_data, tmp_path):
+    mine = recipe(validation=False, select="last", epochs=1, checkpoint_steps=0)
+    run = fit(mine, small_data, tmp_path / "run")
+    assert run.metrics["train_images"] == 160
+    assert run.metrics["val_accuracy"] is None
+    assert history(tmp_path / "run")[0]["val_accuracy"] == ""
+
+
+def test_smaller_subsets_are_used_when_asked(small_data, tmp_path):
+    mine = recipe(train_images=50, val_images=20, test_images=30, epochs=1)
+    run = fit(mine, small_data, tmp_path / "run")
+    assert (run.metrics["train_images"], len(run.labels)) == (50, 30)
+    assert run.config["data"]["val"] == 20
+
+
+def test_a_run_without_a_folder_gets_a_new_one_of_its_own(small_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("CIFAR_FT_RUNS", str(tmp_path))
+    one = fit(recipe(epochs=1), small_data).path
+    two = new_run_dir(recipe())
+    two.mkdir()
+    three = new_run_dir(recipe())
+    assert len({one, two, three}) == 3
+    assert {path.parent for path in (one, two, three)} == {tmp_path}
+    assert one.name.startswith("smoke-")
+
+
+def test_comments_and_empty_lines_do_not_count_as_code(tmp_path, monkeypatch):
+    package = shutil.copytree(PACKAGE, tmp_path / "cifar_ft", ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    before = run_files.code_digests()
+    assert set(before) == set(run_files.DECISIVE)
+    monkeypatch.setattr(run_files, "PACKAGE", package)
+    assert run_files.code_digests() == before
+    file = package / "training" / "loop.py"
+    text = file.read_text()
+    file.write_text(text.replace("    model.train()\n", "    # more\n\n    model.train()\n"))
+    assert run_files.code_digests() == before
+    file.write_text(text.replace("optimizer.step()", "optimizer.step(None)"))
+    assert {name for name, digest in run_files.code_digests().items() if digest != before[name]} == {"training/loop.py"}
+
+
+def test_a_damaged_description_cannot_be_resumed(tmp_path):
+    (tmp_path / "config.json").write_text('{"recipe": {"name": "smoke", "size": 3}}')
+    with pytest.raises(TrainingError, match=r"config.json cannot be read \(.*size.*start anew in another folder"):
+        run_files.stored_recipe(tmp_path)
