@@ -25,7 +25,6 @@ from cifar_ft.files import ASSETS, PACKAGE
 
 NOTEBOOK = ASSETS / "app.ipynb"
 HOST = "127.0.0.1"
-FONTS = "matplotlib"  # folder of its list of fonts
 PORT = 8866
 READY = "CIFAR_FT_APP_READY"  # environment variable: the folder where a kernel says that its page is ready
 PATIENCE = 120  # seconds for the first kernels
@@ -60,7 +59,6 @@ def serve(port: int = PORT, host: str = HOST, browser: bool = True, pool: int = 
     if find_spec("voila") is None:
         raise AppError('the app needs Voila; install it with `pip install "voila>=0.5.8,<0.6"`')
     check_port(host, port)
-    url = f"http://{host}:{port}/"
     with tempfile.TemporaryDirectory(prefix="cifar_ft_app_", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         prepare(folder)
@@ -72,6 +70,7 @@ def serve(port: int = PORT, host: str = HOST, browser: bool = True, pool: int = 
         server = subprocess.Popen(arguments, env=settings, cwd=folder, start_new_session=True)
         try:
             _wait_until_ready(server, folder / "ready", pool)
+            url = f"http://{host}:{port}/"
             log.info(f"The app is ready: {url} (Ctrl-C stops it)")
             if browser:
                 webbrowser.open(url)
@@ -101,18 +100,14 @@ def check_port(host: str, port: int) -> None:
 
 def prepare(folder: Path) -> None:
     """Put into an empty folder what Voila needs: the notebook alone, and a kernel that keeps no history."""
-    import matplotlib
-
     for name in ("page", "ready", "kernels/kernels/python3"):
         (folder / name).mkdir(parents=True)
     shutil.copyfile(NOTEBOOK, folder / "page" / "app.ipynb")
-    launch = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--HistoryManager.enabled=False"]
-    launch.append("--log-level=40")  # errors only
+    quiet = ("--HistoryManager.enabled=False", "--log-level=40")  # errors only
+    launch = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", *quiet]
     kernel = {"argv": launch, "display_name": "Python 3", "language": "python"}
     (folder / "kernels/kernels/python3/kernel.json").write_text(json.dumps(kernel))
-    (folder / FONTS).mkdir()
-    for fonts in Path(matplotlib.get_cachedir()).glob("fontlist-*.json"):  # else each kernel looks for fonts, slowly
-        shutil.copy(fonts, folder / FONTS)
+    (folder / "matplotlibrc").touch()
 
 
 def command(folder: Path, port: int, host: str, pool: int) -> list[str]:
@@ -149,7 +144,7 @@ def command(folder: Path, port: int, host: str, pool: int) -> list[str]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """This process's environment, with every folder of Jupyter and IPython inside the temporary one."""
+    """This process's environment, with all settings of Jupyter, IPython and matplotlib inside the temporary folder."""
     from cifar_ft.results import runs_root
 
     own = {
@@ -162,7 +157,7 @@ def environment(folder: Path) -> dict[str, str]:
         READY: folder / "ready",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])),
         "TMPDIR": folder,
-        "MPLCONFIGDIR": folder / FONTS,
+        "MATPLOTLIBRC": folder / "matplotlibrc",
         "PYDEVD_DISABLE_FILE_VALIDATION": 1,  # of a debugger that nobody uses here, else it warns
     }
     dropped = ("JUPYTER_CONFIG_PATH", "JUPYTER_NO_CONFIG", "PYTHONSTARTUP")
@@ -185,8 +180,7 @@ def _wait_until_ready(server: subprocess.Popen, ready: Path, pool: int) -> None:
 
 def _end(server: subprocess.Popen) -> None:
     """End the server, which ends its kernels; kill it if it takes too long."""
-    if server.poll() is None:
-        server.terminate()
+    server.terminate()
     try:
         server.wait(timeout=15)
     except subprocess.TimeoutExpired:

@@ -28,15 +28,15 @@ def picture_html(state: WidgetState) -> str:
     chosen = state.chosen
     if chosen is None or chosen.problem:
         return ""
-    given = state.say("given_size", width=chosen.size[0], height=chosen.size[1])
-    seen = state.say("as_seen" if chosen.size[0] == chosen.size[1] else f"seen_{state.fit}")
+    (width, height), seen = chosen.size, state.say("as_seen")
+    given = state.say("given_size", width=width, height=height)
+    squared = seen if width == height else state.say(f"seen_{state.fit}", seen=seen)
     parts = f"<div>{escape(state.name)}</div>"
     parts += _figure(chosen.shown, f"{state.name}, {state.say('as_given')}", given)
-    parts += _figure(reduced(chosen.squares[state.fit]), f"{state.name}, {state.say('as_seen')}", seen)
+    parts += _figure(reduced(chosen.squares[state.fit]), f"{state.name}, {seen}", squared)
     if chosen.notes:
-        parts += (
-            f"<p>{state.say('notes', notes='; '.join(_explained_html(state.lang, note) for note in chosen.notes))}</p>"
-        )
+        notes = "; ".join(_explained_html(state.lang, note) for note in chosen.notes)
+        parts += f"<p>{state.say('notes', notes=notes)}</p>"
     return f'<div lang="{state.lang}" style="{TIGHT}">{parts}</div>'
 
 
@@ -118,9 +118,8 @@ def _table(state: WidgetState, i: int) -> str:
         bar = f'<span aria-hidden="true" style="{BAR};width:{WIDTH * probability:.0f}px"></span>'
         cells = f"<td {RIGHT}>{percent(state.lang, probability)}</td><td {WIDE}>{bar}</td>"
         rows += f'<tr><th scope="row" {LEFT}>{name}</th>{cells}</tr>'
-    caption = (
-        f"<caption {LEFT}>{state.say('model', source=_explained_html(state.lang, state.models[i].source))}</caption>"
-    )
+    source = _explained_html(state.lang, state.models[i].source)
+    caption = f"<caption {LEFT}>{state.say('model', source=source)}</caption>"
     columns = f'<th scope="col" {LEFT}>{state.say("class")}</th><th scope="col">{state.say("probability")}</th>'
     return f"<table>{caption}<thead><tr>{columns}<td></td></tr></thead><tbody>{rows}</tbody></table>"
 

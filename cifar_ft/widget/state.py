@@ -27,7 +27,7 @@ from cifar_ft.predictions import (
     read_picture,
     square,
 )
-from cifar_ft.widget.texts import LABELS, WidgetError, checked_language, percent, text
+from cifar_ft.widget.texts import LABELS, LANGUAGES, LanguageError, WidgetError, percent, text
 
 FITS = ("crop", "pad")
 ORDERS = ("stored", "random", "mistakes")
@@ -41,24 +41,12 @@ MOST_FILES = 50  # in one upload
 class Gallery:
     """Some pictures of a split, in some order, a page at a time.
 
-    Parameters
-    ----------
-    split : Split
-    ask : callable
-        Gives the answers for the whole split, one `Prediction` each; called at most once, for the mistakes.
-
-    Attributes
-    ----------
-    positions : list of int
-        The pictures to browse, as positions in the split; at most `LONGEST`.
-    total : int
-        How many fit the choice, shown or not.
-    answers : list of Prediction or None
-        Known once the mistakes have been asked for.
+    `ask` gives the answers for the whole split, one `Prediction` each; it is called once, for the mistakes.
     """
 
     def __init__(self, split: Split, ask: Callable[[], list[Prediction]]):
-        self.split, self.ask, self.answers = split, ask, None
+        self.split, self.ask = split, ask
+        self.answers: list[Prediction] | None = None
         self.browse()
 
     def browse(self, label: int | None = None, order: str = "stored", seed: int = 0) -> None:
@@ -77,7 +65,8 @@ class Gallery:
             wrong = [position for position in found if self.answers[position].index != labels[position]]
             found = sorted(wrong, key=lambda position: -self.answers[position].probability)
         self.label, self.order, self.start = label, order, 0
-        self.total, self.positions = len(found), [int(position) for position in found[:LONGEST]]
+        self.total = len(found)  # shown or not
+        self.positions = [int(position) for position in found[:LONGEST]]
 
     def page(self) -> list[int]:
         """The positions shown now, at most `PAGE`."""
@@ -105,37 +94,17 @@ class Choice:
     """One picture that the models can be asked about, and what they said.
 
     A large upload is not kept: only a small picture to show and the two squares that a network may see.
-
-    Attributes
-    ----------
-    name : str
-        Of an uploaded file; empty for a sample image.
-    sample : int or None
-        Position of a sample image.
-    shown : PIL image or None
-        At most `WIDTH` pixels wide and high.
-    size : (int, int)
-        Width and height as given.
-    squares : dict of str to uint8 Tensor [3, 32, 32]
-        What the network sees, for each of `FITS`.
-    notes : tuple of Note
-        What was done to the picture in reading it.
-    problem : ImageError, WidgetError or None
-        Why it cannot be read, if so.
-    answers : list of Prediction
-        One for each model; empty until asked.
-    heats : list of (float array [32, 32], PIL image)
-        The heat map of each model, bare and over its picture; empty until asked.
     """
 
-    name: str = ""
-    sample: int | None = None
-    shown: Image.Image | None = None
-    size: tuple[int, int] = (0, 0)
-    squares: dict[str, Tensor] = field(default_factory=dict)
-    notes: tuple[Note, ...] = ()
-    problem: CifarFtError | None = None
-    answers: list[Prediction] = field(default_factory=list)
+    name: str = ""  # of an uploaded file
+    sample: int | None = None  # position of a sample image
+    problem: CifarFtError | None = None  # why it cannot be read, if so; then nothing below is known
+    shown: Image.Image | None = None  # at most `WIDTH` pixels wide and high
+    size: tuple[int, int] = (0, 0)  # width and height as given
+    squares: dict[str, Tensor] = field(default_factory=dict)  # for each of `FITS`, uint8 [3, 32, 32]
+    notes: tuple[Note, ...] = ()  # what was done in reading it
+    answers: list[Prediction] = field(default_factory=list)  # one for each model; empty until asked
+    # For each model the heat map, float [32, 32], and the same over the picture; empty until wanted.
     heats: list[tuple[np.ndarray, Image.Image]] = field(default_factory=list)
 
     @classmethod
@@ -146,9 +115,9 @@ class Choice:
                 raise WidgetError("file_too_large", mib=len(source) / 2**20, allowed=MOST_MIB)
             picture = read_picture(source)
         except (ImageError, WidgetError) as error:
-            return cls(name, sample, problem=error)
+            return cls(name, sample, error)
         squares = {fit: square(picture.image, fit) for fit in FITS}
-        return cls(name, sample, reduced(picture.image), picture.size, squares, picture.notes)
+        return cls(name, sample, None, reduced(picture.image), picture.size, squares, picture.notes)
 
     def forget(self) -> None:
         """Drop all that the models said."""
@@ -160,39 +129,24 @@ class WidgetState:
 
     Whatever is chosen, the earlier answer is gone, so that an answer never stands beside another picture.
     Parameters are those of `PredictionWidget`.
-
-    Attributes
-    ----------
-    models : list of Predictor
-        One or two.
-    choices : list of Choice
-        A sample image, or the files of one upload.
-    position : int
-        The one of them that is shown.
-    fit : {"crop", "pad"}
-        How a picture becomes square.
-    heat_map : bool
-        Whether answers come with a heat map.
-    error, heat_error : CifarFtError or None
-        What went wrong last, and with the heat map.
     """
 
     def __init__(
-        self,
-        predictor: Predictor,
-        samples: Split | None = None,
-        other: Predictor | None = None,
-        lang: str = "en",
+        self, predictor: Predictor, samples: Split | None = None, other: Predictor | None = None, lang: str = "en"
     ):
         self.models = [predictor] if other is None else [predictor, other]
         self.samples = load_samples() if samples is None else samples
         self.gallery = Gallery(self.samples, lambda: predictor.predict(self.samples.images))
-        self.lang, self.fit, self.heat_map = checked_language(lang), "crop", False
+        self.fit, self.heat_map = "crop", False
+        self.set_language(lang)
         self.clear()
 
     def clear(self) -> None:
         """Forget the pictures and all that was said about them."""
-        self.choices, self.position, self.error, self.heat_error = [], 0, None, None
+        self.choices: list[Choice] = []  # a sample image, or the files of one upload
+        self.position = 0  # the one of them that is shown
+        self.error: CifarFtError | None = None  # what went wrong last
+        self.heat_error: CifarFtError | None = None  # why there is no heat map
 
     @property
     def chosen(self) -> Choice | None:
@@ -253,7 +207,9 @@ class WidgetState:
 
     def set_language(self, lang: str) -> None:
         """Say everything in this language from now on. Raises LanguageError."""
-        self.lang = checked_language(lang)
+        if lang not in LANGUAGES:
+            raise LanguageError(unknown("language", lang, LANGUAGES))
+        self.lang = lang
 
     def set_fit(self, fit: str) -> None:
         """Make pictures square in another way; answers for the former way are gone. Raises ImageError."""

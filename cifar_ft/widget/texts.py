@@ -10,7 +10,6 @@ from string import Formatter
 
 from cifar_ft import CifarFtError
 from cifar_ft.data import CLASSES
-from cifar_ft.files import unknown
 from cifar_ft.predictions import MESSAGES, ImageError, Note
 
 LANGUAGES = {"en": "English", "fr": "français"}
@@ -55,14 +54,8 @@ TEXTS = {
     "as_given": ("as given", "telle quelle"),
     "given_size": ("as given, {width} x {height} pixels", "telle quelle, {width} x {height} pixels"),
     "as_seen": ("as the network sees it", "telle que le réseau la voit"),
-    "seen_crop": (
-        "as the network sees it, cut to its middle",
-        "telle que le réseau la voit, coupée autour de son milieu",
-    ),
-    "seen_pad": (
-        "as the network sees it, whole with black borders",
-        "telle que le réseau la voit, entière avec des bords noirs",
-    ),
+    "seen_crop": ("{seen}, cut to its middle", "{seen}, coupée autour de son milieu"),
+    "seen_pad": ("{seen}, whole with black borders", "{seen}, entière avec des bords noirs"),
     "notes": ("This picture: {notes}.", "Cette image\xa0: {notes}."),
     "predicted": ("{name}: predicted {label}, {percent}", "{name}\xa0: prédiction {label}, {percent}"),
     "true_label": ("; true label {label}, {verdict}", "\xa0; vraie classe {label}, {verdict}"),
@@ -195,13 +188,6 @@ class _French(Formatter):
     def format_field(self, value, spec):
         said = super().format_field(value, spec)
         return said.translate({ord(","): "\u202f", ord("."): ","}) if isinstance(value, Real) else said
-
-
-def checked_language(lang: str) -> str:
-    """`lang` itself. Raises LanguageError unless it is one of `LANGUAGES`."""
-    if lang not in LANGUAGES:
-        raise LanguageError(unknown("language", lang, LANGUAGES))
-    return lang
 
 
 def text(lang: str, key: str, **values) -> str:

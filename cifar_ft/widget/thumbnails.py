@@ -91,19 +91,15 @@ class Thumbnails(widgets.VBox):
         super().__init__([lists, self.pictures, shown, pager])
 
     def relabel(self) -> None:
-        """Say everything in the language chosen."""
-        for name in ("kind", "order", "shuffle", "earlier", "later"):
-            getattr(self, name).description = self.state.say(name)
-        self._fill()
-        self.show()
-
-    def _fill(self) -> None:
-        """Make both lists say what is browsed."""
+        """Say everything in the language chosen, and what is browsed."""
         state, gallery = self.state, self.state.gallery
+        for name in ("kind", "order", "shuffle", "earlier", "later"):
+            getattr(self, name).description = state.say(name)
         kinds = [(name, label) for label, name in enumerate(LABELS[state.lang])]
         label = NOTHING if gallery.label is None else gallery.label
         self.kind.fill([(state.say("all_kinds"), NOTHING), *kinds], label)
         self.order.fill([(state.say(order), order) for order in ORDERS], gallery.order)
+        self.show()
 
     def _on_thumbnail(self, k: int) -> None:
         page = self.state.gallery.page()
@@ -123,13 +119,13 @@ class Thumbnails(widgets.VBox):
         """Browse what the lists say; where that fails, say so and stay with what was browsed."""
         state, gallery = self.state, self.state.gallery
         if self.order.value == "mistakes" and gallery.answers is None:
-            self._say(state.say("searching", total=len(state.samples)))
+            self._say("searching", total=len(state.samples))
         label = None if self.kind.value == NOTHING else self.kind.value
         self._disable(True)  # a click made now would choose what stands there later
         try:
             gallery.browse(label, self.order.value, self.draws)
         except Exception as error:
-            self._fill()
+            self.relabel()
             self.page.value = alert_html(state.lang, sayable(error))
         else:
             self.browsed()
@@ -142,7 +138,8 @@ class Thumbnails(widgets.VBox):
 
     def show(self) -> None:
         """Show the page: a button for each picture, and the style that puts the pictures on them."""
-        state, page = self.state, self.state.gallery.page()
+        state, gallery = self.state, self.state.gallery
+        page = gallery.page()
         chosen = state.chosen.sample if state.chosen else None
         style = STYLE.format(id=self.unique)
         for k, thumbnail in enumerate(self.buttons):
@@ -154,17 +151,13 @@ class Thumbnails(widgets.VBox):
             name = f"{position + 1} {LABELS[state.lang][state.samples.labels[position]]}"
             self.buttons[k].description = f"\u2713 {name}" if position == chosen else name
         self.pictures.value = f"<style>{style}</style>"
-        self.earlier.disabled, self.later.disabled = not state.gallery.has(-1), not state.gallery.has(1)
-        self._say(self._page_text(page))
+        self.earlier.disabled, self.later.disabled = not gallery.has(-1), not gallery.has(1)
+        shown, total = len(gallery.positions), gallery.total
+        if page:
+            numbers = {"first": gallery.start + 1, "last": gallery.start + len(page), "shown": shown, "total": total}
+            self._say("page" if shown == total else "page_of_more", **numbers)
+        else:
+            self._say("no_mistakes" if gallery.order == "mistakes" else "no_pictures")
 
-    def _page_text(self, page: list[int]) -> str:
-        """Which pictures are on the page, of how many."""
-        state, gallery = self.state, self.state.gallery
-        if not page:
-            return state.say("no_mistakes" if gallery.order == "mistakes" else "no_pictures")
-        numbers = {"first": gallery.start + 1, "last": gallery.start + len(page), "total": gallery.total}
-        shown = len(gallery.positions)
-        return state.say("page" if shown == gallery.total else "page_of_more", shown=shown, **numbers)
-
-    def _say(self, said: str) -> None:
-        self.page.value = f'<div lang="{self.state.lang}" role="status">{said}</div>'
+    def _say(self, key: str, **values) -> None:
+        self.page.value = f'<div lang="{self.state.lang}" role="status">{self.state.say(key, **values)}</div>'

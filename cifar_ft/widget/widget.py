@@ -42,15 +42,15 @@ class PredictionWidget(widgets.VBox):
     _ipython_display_ = None
 
     def __init__(
-        self,
-        predictor: Predictor,
-        samples: Split | None = None,
-        other: Predictor | None = None,
-        lang: str = "en",
+        self, predictor: Predictor, samples: Split | None = None, other: Predictor | None = None, lang: str = "en"
     ):
         self.state = WidgetState(predictor, samples, other, lang)
         self._make_controls()
-        super().__init__(self._rows())
+        self.controls = row(self.upload, self.file, self.sample)
+        questions = row(self.fit, self.heat_map, self.button)
+        choosing = [row(self.language), self.choosing, self.controls, self.thumbnails]
+        # From top to bottom, as a keyboard goes through them.
+        super().__init__([*choosing, self.asking, questions, self.picture, self.result])
         self._relabel()
         self._do(lambda: self.state.choose_sample(next(iter(self.state.gallery.positions), None)))
 
@@ -69,13 +69,6 @@ class PredictionWidget(widgets.VBox):
         self.fit.on_choice(lambda fit: self._do(lambda: self.state.set_fit(fit)))
         self.heat_map.observe(self._on_heat_map, "value")
         self.button.on_click(self._on_predict)
-
-    def _rows(self) -> list[widgets.Widget]:
-        """The controls from top to bottom, as a keyboard goes through them."""
-        self.controls = row(self.upload, self.file, self.sample)
-        questions = row(self.fit, self.heat_map, self.button)
-        choosing = [row(self.language), self.choosing, self.controls, self.thumbnails]
-        return [*choosing, self.asking, questions, self.picture, self.result]
 
     def _new_upload(self) -> widgets.FileUpload:
         layout = widgets.Layout(width="auto")

@@ -1,4 +1,4 @@
-"""A real browser, JupyterLab and the app for the tests in this folder.
+"""One browser, one JupyterLab and one server of the app for all tests in this folder, with settings of their own.
 
 Where no browser can be had the tests are skipped and say so; with CI=true that is a failure. Every test leaves a
 screenshot in build/screenshots.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -18,17 +17,11 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from driving import ROOT, SCREENSHOTS
 from finding import launch, missing
-
-
-def pytest_collection_modifyitems(items):
-    """Every test of this folder drives a browser or waits for a server."""
-    for item in items:
-        if Path(item.fspath).parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.browser)
 
 
 @pytest.fixture(scope="session")
@@ -47,29 +40,29 @@ def browser():
         browser.close()
 
 
-@pytest.fixture
-def open_page(browser, request):
-    """Open an address in a profile of its own; all that is open at the end is photographed and closed."""
-    pages = []
+@pytest.fixture(scope="session")
+def open_page(browser):
+    """Open an address in a profile of its own."""
 
-    def open_page(url: str, **options):
-        context = browser.new_context(viewport={"width": 1200, "height": 1000}, **options)
-        page = context.new_page()
-        page.set_default_timeout(30_000)
+    def open_page(url: str):
+        page = browser.new_context(viewport={"width": 1200, "height": 1500}).new_page()
+        page.set_default_timeout(60_000)
         page.errors = []
         page.on("pageerror", lambda error: page.errors.append(str(error)))
-        pages.append(page)
         page.goto(url, wait_until="domcontentloaded")
         return page
 
-    yield open_page
+    return open_page
+
+
+@pytest.fixture
+def photograph(request):
+    """Keep a picture of each page in this list at the end of the test."""
+    pages = []
+    yield pages
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     for number, page in enumerate(pages, start=1):
-        name = request.node.name + (f"_{number}" if len(pages) > 1 else "")
-        page.set_viewport_size({"width": 1200, "height": 1500})  # pages scroll inside themselves
-        page.screenshot(path=SCREENSHOTS / f"{name}.png")
-        page.close(run_before_unload=False)
-        page.context.close()
+        page.screenshot(path=SCREENSHOTS / f"{request.node.name}{f'_{number}' if number > 1 else ''}.png")
 
 
 def free_port() -> int:
@@ -79,10 +72,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(command: list[str], environment: dict[str, str], cwd: Path):
+def running(command: list, environment: dict, cwd: Path):
     """A process with its output in `.lines`; ended at the end, whatever happens."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, **{name: str(value) for name, value in environment.items()}}
     process = subprocess.Popen(
-        command, env={**os.environ, **environment}, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     process.lines = []
     reader = threading.Thread(target=lambda: process.lines.extend(process.stdout), daemon=True)
@@ -90,8 +85,7 @@ def running(command: list[str], environment: dict[str, str], cwd: Path):
     try:
         yield process
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
+        process.terminate()
         try:
             process.wait(timeout=30)
         except subprocess.TimeoutExpired:
@@ -120,37 +114,32 @@ def answers(url: str) -> bool:
     return True
 
 
-@pytest.fixture(scope="session")
-def hostile_home(tmp_path_factory) -> Path:
+def make_hostile(home: Path) -> Path:
     """A home whose Jupyter and IPython settings would undo all that the app promises."""
-    home = tmp_path_factory.mktemp("home")
     settings = {
         "VoilaConfiguration": {"strip_sources": False, "file_allowlist": [".*"], "show_tracebacks": True},
         "Voila": {"ip": "0.0.0.0", "open_browser": True},
     }
-    for folder in (home, home / ".jupyter"):
-        folder.mkdir(exist_ok=True)
-        (folder / "voila.json").write_text(json.dumps(settings))
     startup = home / ".ipython" / "profile_default" / "startup"
-    startup.mkdir(parents=True)
+    for folder in (startup, home / ".jupyter"):
+        folder.mkdir(parents=True)
+    for folder in (home, home / ".jupyter"):
+        (folder / "voila.json").write_text(json.dumps(settings))
     (startup / "00-broken.py").write_text("raise SystemExit('the startup file of the user')")
     return home
 
 
 @pytest.fixture(scope="session")
-def app(hostile_home, tmp_path_factory):
-    """The address of the app, in an environment that has settings of its own."""
+def app(tmp_path_factory):
+    """The app's `url`, `port`, `process` and temporary `folder`, started by a user with hostile settings."""
     pytest.importorskip("voila") if os.environ.get("CI") != "true" else __import__("voila")
+    home, folder = make_hostile(tmp_path_factory.mktemp("home")), tmp_path_factory.mktemp("app")
+    environment = {"HOME": home, "JUPYTER_CONFIG_DIR": home / ".jupyter", "CIFAR_FT_RUNS": home / "runs"}
     port = free_port()
-    code = f"from cifar_ft.app import serve; serve({port}, browser=False, echo=lambda line: print(line, flush=True))"
-    environment = {
-        "HOME": str(hostile_home),
-        "JUPYTER_CONFIG_DIR": str(hostile_home / ".jupyter"),
-        "CIFAR_FT_RUNS": str(tmp_path_factory.mktemp("runs")),
-    }
-    with running([sys.executable, "-c", code], environment, hostile_home) as process:
+    code = f"from cifar_ft.widget import serve; serve({port}, browser=False, pool=1)"
+    with running([sys.executable, "-c", code], {**environment, "TMPDIR": folder}, home) as process:
         wait_until(lambda: any("ready" in line for line in process.lines), process)
-        yield f"http://127.0.0.1:{port}/"
+        yield SimpleNamespace(url=f"http://127.0.0.1:{port}/", port=port, process=process, folder=folder)
 
 
 @pytest.fixture(scope="session")
@@ -161,13 +150,12 @@ def lab(tmp_path_factory):
     quiet.mkdir(parents=True)
     (quiet / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
     environment = {
-        "JUPYTERLAB_SETTINGS_DIR": str(own / "settings"),
-        "JUPYTERLAB_WORKSPACES_DIR": str(own / "workspaces"),
-        "JUPYTER_CONFIG_DIR": str(own / "config"),
-        "JUPYTER_RUNTIME_DIR": str(own / "runtime"),
-        "IPYTHONDIR": str(own / "ipython"),
-        "CIFAR_FT_RUNS": str(own / "runs"),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "JUPYTERLAB_SETTINGS_DIR": own / "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": own / "workspaces",
+        "JUPYTER_CONFIG_DIR": own / "config",
+        "JUPYTER_RUNTIME_DIR": own / "runtime",
+        "IPYTHONDIR": own / "ipython",
+        "CIFAR_FT_RUNS": own / "runs",
     }
     port = free_port()
     options = {
@@ -185,19 +173,17 @@ def lab(tmp_path_factory):
         yield url, folder
 
 
-@pytest.fixture
-def pictures(tmp_path) -> dict[str, Path]:
+@pytest.fixture(scope="session")
+def pictures(samples, tmp_path_factory) -> dict[str, Path]:
     """Files to upload."""
     from PIL import Image
 
-    from cifar_ft.data import load_samples
-
-    samples = load_samples()
-    truck = samples.images[(samples.labels == 9).nonzero()[3].item()].permute(1, 2, 0).numpy()
-    files = {name: tmp_path / name for name in ("truck.png", "wide.jpg", "clear.png", "notes.png", "large.png")}
-    Image.fromarray(truck).save(files["truck.png"])
+    folder = tmp_path_factory.mktemp("pictures")
+    truck = Image.fromarray(samples.images[(samples.labels == 9).nonzero()[3].item()].permute(1, 2, 0).numpy())
+    files = {name: folder / name for name in ("truck.png", "wide.jpg", "clear.png", "notes.png", "large.png")}
+    truck.save(files["truck.png"])
     wide = Image.new("RGB", (480, 320), (120, 150, 180))
-    wide.paste(Image.fromarray(truck).resize((320, 320), Image.Resampling.BICUBIC), (80, 0))
+    wide.paste(truck.resize((320, 320), Image.Resampling.BICUBIC), (80, 0))
     wide.save(files["wide.jpg"], quality=90)
     Image.new("RGBA", (64, 64), (30, 90, 200, 120)).save(files["clear.png"])
     files["notes.png"].write_text("this is not a picture")

@@ -38,6 +38,10 @@ class Widget:
     def alert(self):
         return self.root.get_by_role("alert")
 
+    def answers_of(self, name: str):
+        """What was answered, about a picture of this name."""
+        return self.root.get_by_text(re.compile(f"{name}: predicted "))
+
     def upload(self, *files) -> None:
         with self.page.expect_file_chooser() as chooser:
             self.root.get_by_role("button", name=re.compile("^(Upload|Envoyer)")).click()

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import finding
 import pytest
 
+pytestmark = pytest.mark.browser
+
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
