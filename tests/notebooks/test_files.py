@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import nbformat
-import notebook_rules as rules
 import pytest
+import rules
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from cifar_ft import course
@@ -15,8 +15,8 @@ from cifar_ft.course import WIDGET_VIEW
 from tools.badges import notebook_badges, read_address, setup_cell
 from tools.publish import KERNELSPEC
 
-FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
-BROKEN = Path(__file__).resolve().parent / "notebooks" / "broken"
+FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
+BROKEN = Path(__file__).resolve().parent / "broken"
 
 
 def test_the_six_notebooks_are_there():
