@@ -1,7 +1,7 @@
 """Chapter 03: backbones and their ImageNet weights, a new stem, a new head, frozen parts; and the logits of a split."""
 
-from cifar_ft.models.backbones import LoadReport, SurgeryError, create_backbone, head, is_resnet, load_state, stages
-from cifar_ft.models.evaluation import evaluating, predict_logits
+from cifar_ft.models.backbones import BACKBONES, SurgeryError, create_backbone, head, stages
+from cifar_ft.models.evaluation import EvaluationError, evaluating, predict_logits
 from cifar_ft.models.freezing import freeze, is_frozen_batchnorm, refresh_batchnorm
 from cifar_ft.models.surgery import (
     build_model,
@@ -13,12 +13,12 @@ from cifar_ft.models.surgery import (
     resample_kernel,
     summarize,
 )
-from cifar_ft.models.weights import Weights, fetch_weights, read_weights_file, resolve_backbone
+from cifar_ft.models.weights import fetch_weights, resolve_backbone
 
 __all__ = [
-    "LoadReport",
+    "BACKBONES",
+    "EvaluationError",
     "SurgeryError",
-    "Weights",
     "build_model",
     "compare",
     "create_backbone",
@@ -29,10 +29,7 @@ __all__ = [
     "freeze",
     "head",
     "is_frozen_batchnorm",
-    "is_resnet",
-    "load_state",
     "predict_logits",
-    "read_weights_file",
     "refresh_batchnorm",
     "replace_head",
     "replace_stem",

@@ -1,91 +1,109 @@
-"""Backbones: create them, name their parts from input to output, load pretrained tensors into them and report it."""
+"""Backbones: how each is made, where its parts are, and how pretrained tensors get into it.
+
+To add one, add it to `BACKBONES` and to the choices of `Recipe.backbone`: surgery and freezing ask this table and know
+no backbone by name.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from cifar_ft import CifarFtError
+from cifar_ft.files import unknown
 
 
 class SurgeryError(CifarFtError, ValueError):
     """A change that this model does not allow, or weights that do not fit it."""
 
 
+@dataclass(frozen=True)
+class Backbone:
+    """What the course has to know of a network; its parts are given by the names of their submodules."""
+
+    library: str  # torchvision or timm: whose model it is, and whose names its tensors have
+    model: str  # its name there
+    stem: tuple[str, str]  # the first convolution and its BatchNorm
+    stages: tuple[str, ...]
+    head: str
+    top: tuple[str, ...] = ()  # layers that join the last stage to the head; without them, the network can be cut
+    max_pool: str | None = None  # after the stem
+    early: int = 2  # stages whose maps have an eighth of the image's width or more
+
+
+_RESNET50 = Backbone(
+    "torchvision", "resnet50", ("conv1", "bn1"), ("layer1", "layer2", "layer3", "layer4"), "fc", max_pool="maxpool"
+)
+_LITE0_STAGES = tuple(f"blocks.{i}" for i in range(7))
+BACKBONES = {
+    "resnet50": _RESNET50,
+    "resnet18": replace(_RESNET50, model="resnet18"),
+    "efficientnet_lite0": Backbone(
+        "timm",
+        "tf_efficientnet_lite0",
+        ("conv_stem", "bn1"),
+        _LITE0_STAGES,
+        "classifier",
+        top=("conv_head", "bn2"),
+        early=3,
+    ),
+}
+
+
 def create_backbone(name: str) -> nn.Module:
     """A backbone with random weights and its 1,000-class ImageNet head: resnet50, resnet18 or efficientnet_lite0."""
-    if name in ("resnet50", "resnet18"):
-        import torchvision.models
+    if name not in BACKBONES:
+        raise SurgeryError(unknown("backbone", name, BACKBONES))
+    if BACKBONES[name].library == "timm":
+        from timm import create_model
+    else:
+        from torchvision.models import get_model as create_model
+    return create_model(BACKBONES[name].model)
 
-        return getattr(torchvision.models, name)()
-    if name == "efficientnet_lite0":
-        import timm
 
-        return timm.create_model("tf_efficientnet_lite0")
-    raise SurgeryError(f"unknown backbone {name!r}; choose from resnet50, resnet18, efficientnet_lite0")
+def backbone_of(model: nn.Module) -> Backbone:
+    """The entry of `BACKBONES` whose parts this model has (resnet50 and resnet18 have the same)."""
+    names = {name for name, _ in model.named_modules()}
+    for backbone in BACKBONES.values():
+        if names.issuperset((*backbone.stem, *backbone.stages, backbone.head)):
+            return backbone
+    raise SurgeryError(f"a {type(model).__name__} is none of {', '.join(BACKBONES)}; make it with create_backbone")
 
 
 def stages(model: nn.Module) -> dict[str, list[nn.Module]]:
     """The model's parts from input to output: stem, stage1, stage2, ..., top (if any) and head."""
-    if is_resnet(model):
-        body = {f"stage{i}": [getattr(model, f"layer{i}")] for i in range(1, 5)}
-        body = {name: part for name, part in body.items() if not isinstance(part[0], nn.Identity)}
-        return {"stem": [model.conv1, model.bn1], **body, "head": [model.fc]}
-    body = {f"stage{i}": [block] for i, block in enumerate(model.blocks, start=1)}
-    stem, top = [model.conv_stem, model.bn1], [model.conv_head, model.bn2]
-    return {"stem": stem, **body, "top": top, "head": [model.classifier]}
-
-
-def is_resnet(model: nn.Module) -> bool:
-    """Whether the model is a torchvision ResNet (the other backbone is timm's EfficientNet)."""
-    return hasattr(model, "layer1")
+    backbone = backbone_of(model)
+    names = {f"stage{i}": (name,) for i, name in enumerate(backbone.stages, start=1)}
+    names = {"stem": backbone.stem, **names, "top": backbone.top, "head": (backbone.head,)}
+    parts = {part: [model.get_submodule(name) for name in each] for part, each in names.items()}
+    return {part: each for part, each in parts.items() if each and not isinstance(each[0], nn.Identity)}
 
 
 def head(model: nn.Module) -> nn.Linear:
     """The classification layer."""
-    return model.fc if is_resnet(model) else model.classifier
+    return getattr(model, backbone_of(model).head)
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What a weights file gave a model, tensor by tensor."""
-
-    loaded: tuple[str, ...]
-    missing: tuple[str, ...]
-    unused: tuple[str, ...]
-
-    def table(self) -> pd.DataFrame:
-        """One row a layer: tensors loaded, tensors of the model, and whether it was loaded, in part, or not."""
-        rows: dict[str, list[int]] = {}
-        for names, loaded in ((self.loaded, 1), (self.missing, 0)):
-            for name in names:
-                counts = rows.setdefault(name.rpartition(".")[0], [0, 0])
-                counts[0] += loaded
-                counts[1] += 1
-        frame = pd.DataFrame(
-            [(layer, *counts) for layer, counts in rows.items()], columns=["layer", "loaded", "tensors"]
-        )
-        full, empty = frame.loaded == frame.tensors, frame.loaded == 0
-        return frame.assign(
-            status=["loaded" if f else "missing" if e else "in part" for f, e in zip(full, empty, strict=True)]
-        )
+def guess_backbone(state: Mapping[str, Tensor]) -> str:
+    """The backbone that weights are of: it has most of their names, and fewest besides."""
+    with torch.device("meta"):  # names only
+        own = {name: create_backbone(name).state_dict().keys() for name in BACKBONES}
+    return max(own, key=lambda name: (len(own[name] & state.keys()), -len(own[name])))
 
 
-def load_state(model: nn.Module, state: dict[str, Tensor], backbone: str) -> LoadReport:
+def load_state(model: nn.Module, state: Mapping[str, Tensor], backbone: str) -> tuple[list[str], list[str]]:
     """Copy pretrained tensors into a backbone whose head and cut-off stages may differ from the file's.
 
-    A partial file is allowed and reported; a file of another architecture, with other shapes or with values that are
-    not finite is refused before anything is changed.
-
-    Raises
-    ------
-    SurgeryError
+    Returns the names of the tensors loaded, and of those that a partial file lacks, which stay as they were; the head
+    is in neither. A file of another architecture, with other shapes or with values that are not finite is refused with
+    a SurgeryError before anything is changed.
     """
+    # Not on the meta device: what this draws decides which new head `build_model` draws next, and so recorded runs.
     whole = create_backbone(backbone).state_dict()
-    head_keys = {"fc.weight", "fc.bias", "classifier.weight", "classifier.bias"}
+    head_keys = {f"{BACKBONES[backbone].head}.{name}" for name in ("weight", "bias")}
     strange = [key for key in state if key not in whole]
     common = [key for key in state if key in whole and key not in head_keys]
     if strange or not common:
@@ -93,24 +111,22 @@ def load_state(model: nn.Module, state: dict[str, Tensor], backbone: str) -> Loa
         raise SurgeryError(
             f"these weights are not of a {backbone}: {len(common)} of its {len(whole)} tensors are known by name and "
             f"{len(strange)} are of another architecture{example}. Choose the backbone they were made for, with "
-            "torchvision's names for ResNets or timm's for efficientnet_lite0"
+            f"{BACKBONES[backbone].library}'s names"
         )
     own = {key: value for key, value in model.state_dict().items() if key not in head_keys}
-    shapes = {key: own.get(key, whole[key]).shape for key in common}  # a changed stem differs from the whole backbone
-    wrong = [key for key in common if state[key].shape != shapes[key]]
-    if wrong:
-        key = wrong[0]
-        raise SurgeryError(
-            f"{len(wrong)} tensors have the wrong shape for {backbone}: {key} is {list(state[key].shape)} and should "
-            f"be {list(shapes[key])}. Choose the backbone they were made for, and load before changing the stem"
-        )
-    bad = [key for key in common if state[key].is_floating_point() and not state[key].isfinite().all()]
-    if bad:
-        raise SurgeryError(f"{bad[0]} holds values that are not finite; the weights file is damaged, fetch it again")
+    for key in common:
+        shape = own.get(key, whole[key]).shape  # a changed stem differs from the whole backbone
+        if state[key].shape != shape:
+            raise SurgeryError(
+                f"a tensor has the wrong shape for {backbone}: {key} is {list(state[key].shape)} and should be "
+                f"{list(shape)}. Choose the backbone they were made for, and load before changing the stem"
+            )
+        if state[key].is_floating_point() and not state[key].isfinite().all():
+            raise SurgeryError(f"{key} holds values that are not finite; the weights file is damaged, fetch it again")
     loaded = [key for key in own if key in state]
     # Old files lack the step counters of BatchNorm, which nothing here reads.
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     with torch.no_grad():
         for key in loaded:
             own[key].copy_(state[key])
-    return LoadReport(tuple(loaded), tuple(missing), tuple(key for key in state if key not in own))
+    return loaded, missing

@@ -1,19 +1,11 @@
 """Chapter 02: augmentation and normalisation on whole uint8 batches, and corruptions to test with."""
 
 from cifar_ft.transforms.augmentation import TrainTransform, cut_out, draw, random_crop, random_flip, train_transform
-from cifar_ft.transforms.corruptions import CORRUPTIONS, blur, brightness, jpeg, noise
-from cifar_ft.transforms.normalization import (
-    NORMALIZATIONS,
-    EvalTransform,
-    denormalize,
-    eval_transform,
-    normalize,
-    resize,
-)
+from cifar_ft.transforms.corruptions import CORRUPTIONS, blur, brightness
+from cifar_ft.transforms.normalization import NORMALIZATIONS, denormalize, eval_transform, normalize, resize
 
 __all__ = [
     "CORRUPTIONS",
-    "EvalTransform",
     "NORMALIZATIONS",
     "TrainTransform",
     "blur",
@@ -22,8 +14,6 @@ __all__ = [
     "denormalize",
     "draw",
     "eval_transform",
-    "jpeg",
-    "noise",
     "normalize",
     "random_crop",
     "random_flip",

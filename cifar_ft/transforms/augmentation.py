@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cifar_ft.recipes import Recipe
-from cifar_ft.transforms.normalization import NORMALIZATIONS, _channels, _to_input
+from cifar_ft.transforms.normalization import NORMALIZATIONS, channels, to_input
 
 
 def random_crop(images: Tensor, offsets: Tensor, padding: int = 4) -> Tensor:
@@ -21,15 +21,9 @@ def random_crop(images: Tensor, offsets: Tensor, padding: int = 4) -> Tensor:
 
     Parameters
     ----------
-    images : Tensor [B, C, H, W]
-    offsets : int64 Tensor [B, 2]
-        Row and column of the window's corner in the padded image, each 0 to 2 * padding.
-    padding : int
-        Pixels added on every side.
-
-    Returns
-    -------
-    Tensor [B, C, H, W] of the same dtype.
+    images : Tensor [B, C, H, W]; the result is alike.
+    offsets : int64 Tensor [B, 2], row and column of the window's corner in the padded image, each 0 to 2 * padding.
+    padding : pixels added on every side.
     """
     batch, _, height, width = images.shape
     padded = F.pad(images, (padding,) * 4)
@@ -48,30 +42,25 @@ def cut_out(images: Tensor, centres: Tensor, side: int, normalization: str = "im
     Parameters
     ----------
     images : uint8 Tensor [B, 3, H, W]
-    centres : Tensor [B, 2]
-        Row and column of each square's centre, from 0 to 1 of the image; at an edge the square hangs over.
-    side : int
-        Side of the square in pixels.
-    normalization : str
-        Whose mean colour it is: 0 behind `normalize`.
+    centres : Tensor [B, 2], row and column of each square's centre, from 0 to 1 of the image; at an edge the square
+        hangs over.
+    side : side of the square in pixels.
+    normalization : whose mean colour it is: 0 after `normalize`.
     """
     height, width = images.shape[-2:]
     tops, lefts = ((centres * centres.new_tensor([height, width])).long() - side // 2).T
     rows = torch.arange(height, device=images.device) - tops[:, None]
     columns = torch.arange(width, device=images.device) - lefts[:, None]
     inside = ((rows >= 0) & (rows < side))[:, None, :, None] & ((columns >= 0) & (columns < side))[:, None, None, :]
-    colour = (255 * _channels(NORMALIZATIONS[normalization][0], images.device)).round().to(images.dtype)
+    colour = (255 * channels(NORMALIZATIONS[normalization][0], images.device)).round().to(images.dtype)
     return torch.where(inside, colour, images)
 
 
 def draw(n: int, padding: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw the augmentation of `n` images.
+    """Draw the augmentation of `n` images: offsets, flips and centres, on the CPU, so that every device augments alike.
 
-    Returns
-    -------
-    tuple
-        Offsets of the crop, int64 [n, 2], uniform over 0 to 2 * padding; flips, bool [n]; centres of the squares that
-        `cut_out` covers, float [n, 2], uniform over 0 to 1.
+    They are the offsets of the crop, int64 [n, 2], uniform over 0 to 2 * padding; flips, bool [n], true for half;
+    and the centres of the squares that `cut_out` covers, float [n, 2], uniform over 0 to 1.
     """
     offsets = torch.randint(0, 2 * padding + 1, (n, 2), generator=generator)
     return offsets, torch.rand(n, generator=generator) < 0.5, torch.rand(n, 2, generator=generator)
@@ -79,13 +68,9 @@ def draw(n: int, padding: int, generator: torch.Generator | None = None) -> tupl
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Crop, flip, cut out, resize, normalise. Draws on the CPU, so that every device augments alike."""
+    """Crop, flip, cut out, normalise and resize whole batches as the recipe says."""
 
-    padding: int
-    flip: bool
-    normalization: str
-    size: int
-    cutout: int = 0
+    recipe: Recipe
 
     def __call__(
         self,
@@ -95,16 +80,19 @@ class TrainTransform:
         draws: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
         """uint8 [B, 3, H, W] to float32 [B, 3, S, S], augmented by `draws` or else by fresh ones from `generator`."""
-        offsets, flips, centres = draws or draw(len(images), self.padding, generator)
-        if self.padding:
-            images = random_crop(images, offsets.to(images.device), self.padding)
-        if self.flip:
-            images = random_flip(images, flips.to(images.device))
-        if self.cutout:
-            images = cut_out(images, centres.to(images.device), self.cutout, self.normalization)
-        return _to_input(images, size or self.size, self.normalization)
+        recipe = self.recipe
+        offsets, flips, centres = (
+            each.to(images.device) for each in draws or draw(len(images), recipe.crop_padding, generator)
+        )
+        if recipe.crop_padding:
+            images = random_crop(images, offsets, recipe.crop_padding)
+        if recipe.flip:
+            images = random_flip(images, flips)
+        if recipe.cutout:
+            images = cut_out(images, centres, recipe.cutout, recipe.normalization)
+        return to_input(images, size or recipe.image_size, recipe.normalization)
 
 
 def train_transform(recipe: Recipe) -> TrainTransform:
-    """The recipe's training transform, on whole batches."""
-    return TrainTransform(recipe.crop_padding, recipe.flip, recipe.normalization, recipe.image_size, recipe.cutout)
+    """The recipe's transform with augmentation, on whole batches."""
+    return TrainTransform(recipe)

@@ -1,8 +1,9 @@
-"""TODO transforms.normalization"""
+"""From uint8 images to a model's input and back: normalise and resize, the same way each time."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -29,37 +30,27 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 def normalize(images: Tensor, normalization: str = "imagenet") -> Tensor:
     """uint8 images (or floats in [0, 255]) [B, 3, H, W] to float32 with the named channel mean and std taken out."""
-    mean, std = (_channels(values, images.device) for values in NORMALIZATIONS[normalization])
+    mean, std = (channels(values, images.device) for values in NORMALIZATIONS[normalization])
     return (images.float() - 255 * mean) / (255 * std)
 
 
 def denormalize(images: Tensor, normalization: str = "imagenet") -> Tensor:
     """The inverse of `normalize`: uint8 images to look at, so that colours are true and not clipped."""
-    mean, std = (_channels(values, images.device) for values in NORMALIZATIONS[normalization])
+    mean, std = (channels(values, images.device) for values in NORMALIZATIONS[normalization])
     return (images * 255 * std + 255 * mean).round().clamp(0, 255).to(torch.uint8)
 
 
-@dataclass(frozen=True)
-class EvalTransform:
-    """Resize and normalise: the same picture always gives the same input."""
-
-    normalization: str
-    size: int
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] to float32 [B, 3, S, S]."""
-        return _to_input(images, self.size, self.normalization)
+def eval_transform(recipe: Recipe) -> Callable[[Tensor], Tensor]:
+    """The recipe's transform without augmentation, uint8 [B, 3, H, W] to float32 [B, 3, S, S]."""
+    return partial(to_input, size=recipe.image_size, normalization=recipe.normalization)
 
 
-def eval_transform(recipe: Recipe) -> EvalTransform:
-    """The recipe's evaluation transform: no augmentation."""
-    return EvalTransform(recipe.normalization, recipe.image_size)
-
-
-def _to_input(images: Tensor, size: int, normalization: str) -> Tensor:
+def to_input(images: Tensor, size: int, normalization: str) -> Tensor:
+    """Normalise and resize, in the memory format that convolutions like."""
     # Normalising first is the same (both steps are linear and the resize weights sum to 1) and touches fewer pixels.
     return resize(normalize(images, normalization), size).contiguous(memory_format=torch.channels_last)
 
 
-def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+def channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """One value a channel, to be combined with images [B, 3, H, W]."""
     return torch.tensor(values, device=device).view(1, 3, 1, 1)
