@@ -23,31 +23,28 @@ lab: $(READY)  ## open the notebooks in JupyterLab
 app: $(READY)  ## the prediction widget as a page of its own, in your browser
 	$(RUN) -m cifar_ft app $(ARGS)
 
-test: lint  ## lint, then every test; ARGS='-m "not notebook"' for the quick ones
-	$(RUN) -m pytest $(ARGS)
+test: lint  ## lint, then every test; ARGS='-m "not notebook and not browser and not slow"' for the quick ones
+	$(RUN) -m pytest -n 2 $(ARGS)
 
 lint: $(READY)  ## ruff, on modules and notebooks
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
 record: $(READY)  ## run the course on an idle machine; keep notebooks 01 to 04, run and report
-	rm -rf build/course
-	$(RUN) -m cifar_ft course --recipe quick --out build/course
-	$(RUN) -c "from cifar_ft.recording import record; print('updated', *record('build/course'))"
+	$(RUN) -m tools.record quick
 
 ship: $(READY)  ## train the model that is shipped, on an idle machine; keep it, its figures, notebooks 05 and 06
-	$(RUN) -m cifar_ft train --recipe cpu --out build/cpu
-	$(RUN) -c "from cifar_ft.recording import ship; print('updated', *ship('build/cpu'))"
+	$(RUN) -m tools.record ship
 
 benchmarks: $(READY)  ## speed against what else there is, on an idle machine; takes long
 	$(RUN) -m pip install $(PIP_ARGS) -r benchmarks/requirements.txt
 	$(RUN) -m benchmarks all
 
 badges: $(READY)  ## badges and set-up cells, after a change of address in pyproject.toml
-	$(RUN) -m cifar_ft badges
+	$(RUN) -m tools.badges
 
 report: $(READY)  ## result tables and images, from results/
-	$(RUN) -m cifar_ft report
+	$(RUN) -m tools.report
 
 clean:  ## remove what the other targets made, except recorded runs
 	rm -rf $(VENV) build course-output .pytest_cache .ruff_cache .hypothesis cifar_ft.egg-info

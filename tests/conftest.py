@@ -1,6 +1,7 @@
 """Settings for every test: figures are drawn without a screen; and the shipped images as small data."""
 
 import logging
+import os
 
 import matplotlib
 import pytest
@@ -9,6 +10,18 @@ from hypothesis import settings
 matplotlib.use("Agg")
 settings.register_profile("cifar_ft", deadline=None)  # a busy machine is no failure
 settings.load_profile("cifar_ft")
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: one thread each, and for what a test starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items):
+    """Files whose tests take longest come first; with several workers the short ones then fill the gaps."""
+    order = ("notebook", "browser", "slow")
+    ranks = {}
+    for item in items:
+        rank = min((order.index(mark.name) for mark in item.iter_markers() if mark.name in order), default=len(order))
+        ranks[item.path] = min(rank, ranks.get(item.path, rank))
+    items.sort(key=lambda item: ranks[item.path])
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +66,31 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A local web server in place of the hub; the folders of data and weights are new, and `npm` is not there."""
+    from local_server import Server
+
+    from cifar_ft.data import downloads
+
+    server = Server()
+    for name in (
+        "CIFAR_FT_BACKBONE",
+        "HTTP_PROXY",
+        "http_proxy",
+        "HTTPS_PROXY",
+        "https_proxy",
+        "ALL_PROXY",
+        "all_proxy",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    places = {"CIFAR_FT_DATA": "data", "TORCH_HOME": "torch", "HOME": "home", "PATH": "bin"}
+    for name, value in {key: str(tmp_path / folder) for key, folder in places.items()}.items():
+        monkeypatch.setenv(name, value)
+    for name, value in {"HF_ENDPOINT": server.url, "CIFAR_FT_PATIENCE": "0.4", "NO_PROXY": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(downloads, "RETRY_PAUSE", 0.01)
+    yield server
+    server.close()
