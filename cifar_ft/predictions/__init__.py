@@ -3,7 +3,6 @@
 from cifar_ft.predictions.explanations import ExplanationError, FeatureBank, grad_cam, overlay, sensitivity, variants
 from cifar_ft.predictions.folders import PARTIAL, count_files, is_device, predict_paths, write_csv
 from cifar_ft.predictions.images import (
-    FORMATS,
     MESSAGES,
     SUFFIXES,
     ImageError,
@@ -13,13 +12,11 @@ from cifar_ft.predictions.images import (
     read_image,
     read_picture,
     square,
-    squared,
 )
-from cifar_ft.predictions.onnx import ExportError, check_onnx, export_checked, export_onnx, latency
-from cifar_ft.predictions.predictor import SHIPPED, Prediction, PredictionError, Predictor, not_finite
+from cifar_ft.predictions.onnx import ExportError, export_checked, export_onnx
+from cifar_ft.predictions.predictor import SHIPPED, Prediction, PredictionError, Predictor
 
 __all__ = [
-    "FORMATS",
     "MESSAGES",
     "PARTIAL",
     "SHIPPED",
@@ -33,22 +30,18 @@ __all__ = [
     "Prediction",
     "PredictionError",
     "Predictor",
-    "check_onnx",
     "checked_fit",
     "count_files",
     "export_checked",
     "export_onnx",
     "grad_cam",
     "is_device",
-    "latency",
-    "not_finite",
     "overlay",
     "predict_paths",
     "read_image",
     "read_picture",
     "sensitivity",
     "square",
-    "squared",
     "variants",
     "write_csv",
 ]

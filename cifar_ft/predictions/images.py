@@ -174,8 +174,8 @@ def _located(source) -> tuple[str, object]:
         if not (content := bytes(source)):
             raise ImageError("empty", "the picture")
         return "the picture", io.BytesIO(content)
-    if isinstance(source, (str, os.PathLike)):  # NumPy's strings are such, and arrays too
-        return _located_file(os.path.expanduser(os.fsdecode(source)))
+    if isinstance(source, (str, os.PathLike)):
+        return _located_file(str(os.path.expanduser(os.fsdecode(source))))  # NumPy's strings would pass for arrays
     if isinstance(source, io.TextIOBase):
         raise ImageError("opened_as_text")
     if not isinstance(source, Image.Image) and not hasattr(source, "__array__") and not hasattr(source, "read"):
@@ -317,18 +317,19 @@ def _array_image(source) -> Image.Image:
         raise ImageError("wrong_shape", shape=list(array.shape), wanted=wanted)
     if not array.size:
         raise ImageError("empty_shape", shape=list(array.shape))
-    array = _uint8(array if axis is None else np.moveaxis(array, axis, 2))
+    array = array if axis is None else np.moveaxis(array, axis, 2)
+    kind = f"{array.dtype.kind}{array.dtype.itemsize}"
+    if kind == "u2":
+        array = ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    elif kind[0] == "f":
+        array = _scaled(array)
+    elif kind != "u1":
+        raise ImageError("wrong_dtype", dtype=array.dtype)
     return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2:] == (1,) else array))
 
 
-def _uint8(array: np.ndarray) -> np.ndarray:
-    kind = f"{array.dtype.kind}{array.dtype.itemsize}"
-    if kind == "u1":
-        return array
-    if kind == "u2":
-        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if kind[0] != "f":
-        raise ImageError("wrong_dtype", dtype=array.dtype)
+def _scaled(array: np.ndarray) -> np.ndarray:
+    """Floats from 0 to 1 as uint8."""
     if not np.isfinite(array).all():
         raise ImageError("not_finite")
     low, high = float(array.min()), float(array.max())

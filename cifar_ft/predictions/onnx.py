@@ -1,6 +1,6 @@
 """The model for use without PyTorch: one ONNX file, from the pixels of a picture to calibrated probabilities.
 
-What the file answers is compared with PyTorch before it is written, and so is the time that it takes.
+What it answers is compared with PyTorch before it is written, and so is the time that it takes afterwards.
 """
 
 from __future__ import annotations
@@ -10,27 +10,27 @@ import json
 import os
 import timeit
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar_ft import CifarFtError, __version__, log
-from cifar_ft.data import CLASSES, Split, load_samples
+from cifar_ft.data import CLASSES, load_samples
 from cifar_ft.files import check_target, one_line, show_path, write_atomic
 from cifar_ft.models import predict_logits
 from cifar_ft.predictions.images import SIZE
 from cifar_ft.predictions.predictor import Predictor
 from cifar_ft.transforms import eval_transform, normalize, resize
 
-BATCH = 64  # pictures at a time in `check_onnx`
 TOLERANCE = 1e-3  # largest difference in any probability that `export_onnx` lets pass
+BATCH = 64  # pictures at a time in the comparison
 TURNS = 3  # of each contender in `latency`
 
 
@@ -46,13 +46,14 @@ def export_checked(run: str | os.PathLike | None, out: str | os.PathLike) -> Pat
     run : a run folder; None for the newest run, else the shipped model
     out : the file to write
     """
-    _require("onnx", "onnxscript", "onnxruntime")
+    _require_packages()
     check_target(out)  # before the work, not after it
     predictor = Predictor.newest_or_shipped(run or "")
     path = export_onnx(predictor, out)
-    for row in latency(path, predictor).itertuples():
-        times = f"{row.onnx_ms:.2f} ms with ONNX Runtime, {row.pytorch_ms:.2f} ms with PyTorch ({row.device})"
-        log.info(f"A picture, {row.batch_size} at a time: {times}, threads: {row.threads}")
+    device, threads = next(predictor.model.parameters()).device, torch.get_num_threads()
+    for size, (onnx, pytorch) in latency(path, predictor).items():
+        times = f"{onnx:.2f} ms with ONNX Runtime, {pytorch:.2f} ms with PyTorch ({device})"
+        log.info(f"A picture, {size} at a time: {times}, threads: {threads}")
     return path
 
 
@@ -78,13 +79,18 @@ def export_onnx(predictor: Predictor, path: str | os.PathLike) -> Path:
     FileError
         When the file cannot be written.
     """
-    _require("onnx", "onnxscript", "onnxruntime")
+    _require_packages()
     path = check_target(path)
-    data = _serialized(predictor)
-    found = check_onnx(data, predictor, load_samples())
-    same, n = found["images"] - found["different_labels"], found["images"]
-    said = f"{same} of {n} labels as PyTorch, probabilities differ by at most {found['probability_difference']:.1g}"
-    if same < n or not found["probability_difference"] <= TOLERANCE:  # not a number is no success
+    data, images = _serialized(predictor), load_samples().images
+    session = _session(data)
+    answers = np.concatenate(
+        [session.run(["probabilities"], {"images": batch.numpy()})[0] for batch in images.split(BATCH)]
+    )
+    expected = predictor.predict_proba(images)
+    n, same = len(images), int((answers.argmax(1) == expected.argmax(1)).sum())
+    difference = float(np.abs(answers - expected).max())
+    said = f"{same} of {n} labels as PyTorch, probabilities differ by at most {difference:.1g}"
+    if same < n or not difference <= TOLERANCE:  # not a number is no success
         raise ExportError(f"the exported model answers differently ({said}); nothing was written")
     log.info(f"Checked on {n} pictures: {said}")
     write_atomic(path, data)
@@ -92,8 +98,8 @@ def export_onnx(predictor: Predictor, path: str | os.PathLike) -> Path:
     return path
 
 
-def _require(*packages: str) -> None:
-    missing = [name for name in packages if find_spec(name) is None]
+def _require_packages() -> None:
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise ExportError(f"ONNX needs {' and '.join(missing)}; install with `pip install {' '.join(missing)}`")
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
@@ -158,93 +164,35 @@ def _resize_matrix(size: int) -> Tensor:
     return resize(lines, size)[:, 0, :, 0].T.contiguous()
 
 
-def _session(model: str | os.PathLike | bytes) -> Any:
+def _session(model: bytes) -> Any:
     """ONNX Runtime on the CPU, with as many threads as PyTorch."""
-    _require("onnxruntime")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    source = model if isinstance(model, bytes) else os.path.expanduser(model)
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # a damaged file can cause any
-        name = "the model" if isinstance(model, bytes) else show_path(source)
-        raise ExportError(f"ONNX Runtime cannot load {name} ({one_line(error)[:200]}); export it again") from error
-
-
-def check_onnx(model: str | os.PathLike | bytes, predictor: Predictor, images: Tensor | Split) -> dict[str, Any]:
-    """Compare an exported model, run by ONNX Runtime, with the predictor that it was made from.
-
-    Parameters
-    ----------
-    model : the ONNX file, or its bytes
-    predictor : Predictor
-    images : uint8 Tensor [N, 3, 32, 32], or a Split
-
-    Returns
-    -------
-    dict
-        images (N), probability_difference and logit_difference (the largest of all N x 10), different_labels (a
-        number) and agreement (the share of equal labels).
-
-    Raises
-    ------
-    ExportError
-        When onnxruntime is not installed, or the file is damaged.
-    """
-    images = images.images if isinstance(images, Split) else images
-    session, wanted = _session(model), ["probabilities", "logits"]
-    batches = [session.run(wanted, {"images": batch.cpu().numpy()}) for batch in images.split(BATCH)]
-    probabilities, logits = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-    expected = predictor.predict_proba(images)
-    different = int((probabilities.argmax(1) != expected.argmax(1)).sum())
-    return {
-        "images": len(images),
-        "probability_difference": float(np.abs(probabilities - expected).max()),
-        "logit_difference": float(np.abs(logits - predictor.logits(images).numpy()).max()),
-        "different_labels": different,
-        "agreement": 1 - different / len(images),
-    }
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of an older version, any
+        raise ExportError(f"ONNX Runtime cannot load the exported model: {one_line(error)[:200]}") from error
 
 
 def latency(
-    model: str | os.PathLike | bytes, predictor: Predictor, batch_sizes: Sequence[int] = (1, 64), seconds: float = 1.0
-) -> pd.DataFrame:
-    """Time a picture takes from its pixels to its probabilities, in ONNX Runtime on the CPU and in PyTorch.
+    path: Path, predictor: Predictor, batch_sizes: Sequence[int] = (1, 64), seconds: float = 1.0
+) -> dict[int, tuple[float, float]]:
+    """Milliseconds a picture takes from its pixels to its probabilities: in ONNX Runtime on the CPU, and in PyTorch.
 
-    Both get the same number of threads and take turns, so that a machine that is busy for a while disturbs both.
-
-    Parameters
-    ----------
-    model : the ONNX file, or its bytes
-    predictor : Predictor
-        Measured on the device where its model is.
-    batch_sizes : numbers of pictures given at once
-    seconds : time for each contender and batch size
-
-    Returns
-    -------
-    DataFrame
-        One row for each batch size: batch_size, pytorch_ms and onnx_ms (median milliseconds a picture), speedup
-        (pytorch_ms / onnx_ms), threads and device (of PyTorch).
+    Returns the median of each for every batch size, measured for `seconds` each. Both get the same number of threads
+    and take turns, so that a machine that is busy for a while disturbs both.
     """
-    session, transform, rows = _session(model), eval_transform(predictor.recipe), []
+    session, transform, found = _session(path.read_bytes()), eval_transform(predictor.recipe), {}
     for size in batch_sizes:
         images = torch.randint(0, 256, (size, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0)).byte()
         split, feed = SimpleNamespace(images=images), {"images": images.numpy()}
-        contenders = {
-            "pytorch_ms": lambda split=split: predict_logits(predictor.model, split, transform).softmax(dim=1),
-            "onnx_ms": lambda feed=feed: session.run(["probabilities"], feed),
-        }
-        times: dict[str, list[float]] = {name: [] for name in contenders}
-        for _ in range(TURNS):
-            for name, answer in contenders.items():
-                times[name] += _times(answer, seconds / TURNS)
-        rows.append({"batch_size": size, **{name: 1000 * float(np.median(t)) / size for name, t in times.items()}})
-    frame = pd.DataFrame(rows)
-    device = str(next(predictor.model.parameters()).device)
-    return frame.assign(speedup=frame.pytorch_ms / frame.onnx_ms, threads=torch.get_num_threads(), device=device)
+        answer_onnx = partial(session.run, ["probabilities"], feed)
+        answer_torch = partial(predict_logits, predictor.model, split, transform)
+        turns = [(_times(answer_onnx, seconds / TURNS), _times(answer_torch, seconds / TURNS)) for _ in range(TURNS)]
+        found[size] = tuple(1000 * float(np.median(np.concatenate(times))) / size for times in zip(*turns, strict=True))
+    return found
 
 
 def _times(answer: Callable[[], object], seconds: float) -> list[float]:

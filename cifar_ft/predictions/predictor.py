@@ -25,15 +25,7 @@ from cifar_ft import CifarFtError, log
 from cifar_ft.data import CLASSES, Split
 from cifar_ft.files import ASSETS, one_line, show_path
 from cifar_ft.models import create_backbone, cut, predict_logits, replace_head, replace_stem
-from cifar_ft.predictions.images import (
-    SIZE,
-    ImageError,
-    Note,
-    Picture,
-    checked_fit,
-    find_pictures,
-    squared,
-)
+from cifar_ft.predictions.images import SIZE, ImageError, Note, Picture, checked_fit, find_pictures, squared
 from cifar_ft.recipes import Recipe
 from cifar_ft.results import accuracy_text, energy, load_run, newest_run, runs_root
 from cifar_ft.transforms import eval_transform
@@ -94,7 +86,7 @@ class Predictor:
     source : str
         Which model this is, in one phrase.
     calibration : dict or None
-        What validation says about its answers (`metrics.fit_calibration`): the temperature that makes its
+        What validation says about its answers (`results.fit_calibration`): the temperature that makes its
         probabilities honest, and the energy below which a picture is unlike anything trained on.
 
     Examples
@@ -135,26 +127,26 @@ class Predictor:
         run = load_run(os.path.expanduser(path))
         n = len(run.labels)
         source = f"the run {show_path(run.path)} ({accuracy_text(run.correct, n)} on {n:,} test images)"
-        advice = "restore it or train this run again"
-        with _described(run.path / "config.json", advice):
-            recipe, backbone = run.recipe, run.config["weights"]["backbone"]
-        state, _ = _read_weights(run.path / "model.safetensors", advice)
-        return cls(_rebuild(recipe, backbone, state, source), recipe, source, run.metrics.get("calibration"))
+        with _usable(f"the run {show_path(run.path)}", "restore it or train this run again"):
+            state, _ = _read_weights(run.path / "model.safetensors")
+            model = _rebuild(run.recipe, run.config["weights"]["backbone"], state)
+        return cls(_placed(model), run.recipe, source, run.metrics.get("calibration"))
 
     @classmethod
     def shipped(cls) -> Predictor:
         """The fine-tuned model that comes with the package."""
-        advice = "install the package again"
         if not SHIPPED.is_file():
             raise PredictionError(f"this copy of the package has no shipped model; {TRAIN}")
-        state, metadata = _read_weights(SHIPPED, advice)
-        with _described(SHIPPED, advice):
+        with _usable(f"the shipped model {show_path(SHIPPED)}", "install the package again"):
+            state, metadata = _read_weights(SHIPPED)
             recipe, backbone = Recipe.from_dict(json.loads(metadata["recipe"])), metadata["backbone"]
             metrics, calibration = json.loads(metadata["metrics"]), json.loads(metadata.get("calibration", "null"))
             n, accuracy = metrics["test_images"], metrics["test_accuracy"]
             score = f"{accuracy_text(round(accuracy * n), n)} on {n:,} test images"
-        source = f"the shipped model (recipe {recipe.name}, {backbone}, {score})"
-        return cls(_rebuild(recipe, backbone, state, source), recipe, source, calibration)
+            model = _rebuild(recipe, backbone, state)
+        return cls(
+            _placed(model), recipe, f"the shipped model (recipe {recipe.name}, {backbone}, {score})", calibration
+        )
 
     @classmethod
     def newest_or_shipped(cls, run_dir: str | os.PathLike = "") -> Predictor:
@@ -196,43 +188,37 @@ class Predictor:
         if self.calibration:
             unknown = (energy(logits) < self.calibration["lowest_energy"]).tolist()
         rows = (logits / self.temperature).softmax(dim=1).tolist()
-        return [_prediction(*row, k) for row in zip(rows, unknown, notes, strict=True)]
+        answers = []
+        for row, *rest in zip(rows, unknown, notes, strict=True):
+            order = sorted(range(len(row)), key=lambda i: -row[i])
+            probabilities = {CLASSES[i]: row[i] for i in (range(len(row)) if k is None else order[:k])}
+            answers.append(Prediction(CLASSES[order[0]], order[0], row[order[0]], probabilities, *rest))
+        return answers
 
     def predict_proba(self, images, *, fit: str = "crop") -> np.ndarray:
         """Calibrated probabilities, float32 [N, 10] in class order, for what `predict` accepts."""
-        return (self.logits(images, fit=fit) / self.temperature).softmax(dim=1).numpy()
-
-    def logits(self, images, *, fit: str = "crop") -> Tensor:
-        """What the network gives, not calibrated: float32 [N, 10] on the CPU, for what `predict` accepts."""
-        return self._answer(images, fit)[0]
+        return (self._answer(images, fit)[0] / self.temperature).softmax(dim=1).numpy()
 
     def _answer(self, images, fit: str) -> tuple[Tensor, list[tuple[Note, ...]]]:
         """Logits [N, 10] of what `predict` accepts, and what was done to each picture."""
         checked_fit(fit)
         images = images.images if isinstance(images, Split) else images
-        if isinstance(images, Tensor) and images.dtype == torch.uint8 and images.shape[1:] == (3, SIZE, SIZE):
+        uint8 = isinstance(images, Tensor) and images.dtype == torch.uint8
+        if uint8 and images.shape[1:] == (3, SIZE, SIZE) and len(images):
             # Nothing to read or to cut: as fast as evaluation.
             return self._batch_logits(images), [()] * len(images)
-        logits, notes = [self._batch_logits(torch.zeros(0))], []
+        logits, notes = [torch.zeros(0, len(CLASSES))], []
         for batch in chunks(_squares(images, fit)):
             logits.append(self._batch_logits(torch.stack([picture.image for picture in batch])))
             notes += [picture.notes for picture in batch]
         return torch.cat(logits), notes
 
     def _batch_logits(self, images: Tensor) -> Tensor:
-        if not len(images):
-            return torch.zeros(0, len(CLASSES))
         split = SimpleNamespace(images=images)
         logits = predict_logits(self.model, split, eval_transform(self.recipe), batch_size=BATCH)
         if not logits.isfinite().all():
             raise PredictionError(f"{self.source} gives values that are not finite; use another run")
         return logits
-
-
-def _prediction(row: list[float], unknown: bool | None, notes: tuple[Note, ...], k: int | None) -> Prediction:
-    order = sorted(range(len(row)), key=lambda i: -row[i])
-    probabilities = {CLASSES[i]: row[i] for i in (range(len(row)) if k is None else order[:k])}
-    return Prediction(CLASSES[order[0]], order[0], row[order[0]], probabilities, unknown, notes)
 
 
 def _checked_k(k: int) -> int:
@@ -270,47 +256,35 @@ def chunks(items: Iterable, size: int = BATCH) -> Iterator[list]:
 
 
 @contextmanager
-def _described(file: Path, advice: str) -> Iterator[None]:
-    """Turn gaps in a model's own description into one clear error."""
+def _usable(what: str, advice: str) -> Iterator[None]:
+    """Turn missing files, gaps in a model's own description and weights that do not fit it into one clear error."""
     try:
         yield
-    except (CifarFtError, KeyError, ValueError, TypeError, AttributeError) as error:
-        problem = one_line(f"{type(error).__name__}: {error}")
-        message = f"{show_path(file)} does not say which model this is ({problem}); {advice}"
-        raise PredictionError(message) from error
+    except Exception as error:  # damaged files can cause any
+        problem = f"{type(error).__name__}: {one_line(error)[:200]}"
+        raise PredictionError(f"{what} is damaged or incomplete ({problem}); {advice}") from error
 
 
-def _read_weights(file: Path, advice: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file."""
-    try:
-        with safe_open(file, "pt") as weights:
-            metadata = weights.metadata() or {}
-            state = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise PredictionError(f"{show_path(file)} is missing; {advice}") from None
-    except Exception as error:  # a damaged file can cause any
-        message = f"{show_path(file)} is damaged or incomplete ({one_line(error)}); {advice}"
-        raise PredictionError(message) from error
-    if bad := not_finite(state):
-        raise PredictionError(f"{show_path(file)}: {bad} holds values that are not finite; {advice}")
+    with safe_open(file, "pt") as weights:
+        metadata = weights.metadata() or {}
+        state = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+    for name, values in state.items():
+        if not values.isfinite().all():
+            raise ValueError(f"{name} in {file.name} holds values that are not finite")
     return state, metadata
 
 
-def not_finite(state: dict[str, Tensor]) -> str:
-    """The first tensor with a NaN or an infinity, if any."""
-    floats = ((name, values) for name, values in state.items() if values.is_floating_point())
-    return next((name for name, values in floats if not values.isfinite().all()), "")
-
-
-def _rebuild(recipe: Recipe, backbone: str, state: dict[str, Tensor], source: str) -> nn.Module:
-    """The recipe's model with these weights, on the GPU where there is one."""
+def _rebuild(recipe: Recipe, backbone: str, state: dict[str, Tensor]) -> nn.Module:
+    """The recipe's model with these weights."""
     with torch.random.fork_rng(devices=[]):  # nobody sees the random weights, nor that some were drawn
         model = cut(create_backbone(backbone), recipe.last_stage)
         model = replace_head(replace_stem(model, recipe.stem, recipe.max_pool))
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        problem = one_line(error)[:200]
-        raise PredictionError(f"the weights of {source} are not those of its recipe: {problem}") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.requires_grad_(False).to(device, memory_format=torch.channels_last)
+    model.load_state_dict(state, strict=True)
+    return model.requires_grad_(False)
+
+
+def _placed(model: nn.Module) -> nn.Module:
+    """On the GPU where there is one."""
+    return model.to("cuda" if torch.cuda.is_available() else "cpu", memory_format=torch.channels_last)
