@@ -25,7 +25,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from cifar_ft import CifarFtError, models, transforms
+from cifar_ft import CifarFtError, log, models, transforms
 from cifar_ft.data import CLASSES, Cifar10, Split, load_cifar10
 from cifar_ft.models import predict_logits
 from cifar_ft.recipes import Recipe, get_recipe, parse_overrides
@@ -49,7 +49,7 @@ class Task:
 
     def model(self) -> nn.Module:
         """A new EfficientNet-Lite0 with ImageNet weights and ten classes, as cifar_ft builds it."""
-        return models.build_model(self.recipe, echo=_silent)
+        return models.build_model(self.recipe)
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def cifar_ft(task: Task) -> Trained:
 
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        run = fit(task.recipe, _unscored(task.data), Path(folder) / "run", echo=_silent)
+        run = fit(task.recipe, _unscored(task.data), Path(folder) / "run")
         seconds = time.perf_counter() - start
         model = Predictor.from_run(run.path).model
     default, used = get_recipe("quick").to_dict(), task.recipe.to_dict()
@@ -241,7 +241,7 @@ def main(
     """Train one contender, score it and write what came out."""
     options = {"image_size": size, "epochs": epochs, "batch_size": batch_size, "seed": seed}
     recipe = make_recipe(name.value, lr, list(settings), **options)
-    data = load_cifar10(echo=_silent)
+    data = load_cifar10()
     set_seed(seed)
     trained = _train(name.value, Task(dataclasses.replace(data, train=data.train.subset(images)), recipe, lr))
     memory = peak_memory_mb()
@@ -275,11 +275,8 @@ def _unscored(data: Cifar10) -> Cifar10:
     return dataclasses.replace(data, val=data.val.take(first), test=data.test.take(first))
 
 
-def _silent(*_) -> None:
-    return None
-
-
 if __name__ == "__main__":
+    log.setLevel("WARNING")  # what counts is said in one line at the end
     try:
         typer.run(main)
     except CifarFtError as error:

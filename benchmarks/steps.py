@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from cifar_ft import models, transforms
-from cifar_ft.data import Split, make_loader
+from cifar_ft.data import Split, TrainLoader
 from cifar_ft.recipes import Recipe
 from cifar_ft.training import keep_memory, make_optimizer, peak_memory_mb, speed_up
 
@@ -34,7 +34,7 @@ def matmul_peak(precision: str, size: int = 4096, repeats: int = 5) -> float:
 
 def gflop_per_image(recipe: Recipe) -> float:
     """Of one training step: forward and backward, two for each multiply-add."""
-    model = models.build_model(recipe.replace(weights="none"), _silent).train()
+    model = models.build_model(recipe.replace(weights="none")).train()
     with FlopCounterMode(display=False) as counter:
         model(torch.randn(2, 3, recipe.image_size, recipe.image_size)).sum().backward()
     return counter.get_total_flops() / 2 / 1e9
@@ -42,17 +42,17 @@ def gflop_per_image(recipe: Recipe) -> float:
 
 def course_loop(recipe: Recipe, train: Split, precision: str) -> Callable[[], None]:
     """A function that trains one batch the course's way: augmented as a whole, channels last, fast convolutions."""
-    model = models.build_model(recipe.replace(weights="none"), _silent).train()
+    model = models.build_model(recipe.replace(weights="none")).train()
     speed_up(model.to(memory_format=torch.channels_last))
     optimizer, transform = make_optimizer(model, recipe), transforms.train_transform(recipe)
-    batches = _endless(lambda: make_loader(train, recipe, train=True))
+    batches = _endless(lambda: TrainLoader(train, recipe))
 
     def step() -> None:
-        images, labels = next(batches)
+        batch = next(batches)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            logits = model(transform(images)).float()
+            logits = model(transform(batch.images)).float()
         optimizer.zero_grad()
-        F.cross_entropy(logits, labels).backward()
+        F.cross_entropy(logits, batch.labels).backward()
         optimizer.step()
 
     return step
@@ -76,7 +76,7 @@ def plain_loop(recipe: Recipe, train: Split) -> Callable[[], None]:
         def __getitem__(self, index: int):
             return augment(pictures[index]), int(train.labels[index])
 
-    model = models.build_model(recipe.replace(weights="none"), _silent).train()
+    model = models.build_model(recipe.replace(weights="none")).train()
     optimizer = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
     criterion = nn.CrossEntropyLoss()
     batches = _endless(lambda: DataLoader(Pictures(), recipe.batch_size, shuffle=True))
@@ -161,7 +161,7 @@ def _in_a_process(recipe: Recipe, images: int, size: int, batch: int) -> dict:
     mine = json.dumps(recipe.replace(train_sizes=(), **changes).to_dict())
     command = [sys.executable, "-m", "benchmarks.steps"]
     done = subprocess.run(command, input=mine, stdout=subprocess.PIPE, text=True, check=True)
-    return {"images": images, "image_size": size, "batch_size": batch, **json.loads(done.stdout)}
+    return {"images": images, "image_size": size, "batch_size": batch, **json.loads(done.stdout.splitlines()[-1])}
 
 
 def measure(recipe: Recipe) -> dict:
@@ -187,16 +187,13 @@ def start_up(repeats: int = 3) -> dict:
 
 
 def _seconds(code: str) -> float:
-    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
 
 
 def _endless(loader: Callable):
     while True:
         yield from loader()
-
-
-def _silent(*_) -> None:
-    return None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""TODO tools.charts"""
+"""The charts of the benchmarks, for README and docs: what else there is beside the course, and how training grows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -71,37 +72,25 @@ def growth_chart(found: Mapping) -> Figure:
     found : section growth of `results/benchmarks.json`, with `cases` and `fits`.
     """
     fig, axes = new_figure((9.5, 6.6), 2, 2)
-    cases, fits = found["cases"], found["fits"]
-
-    def panel(place: Axes, kept, x, y, fit: str, xlabel: str, ylabel: str) -> None:
-        rows = [case for case in cases if kept(case)]
-        place.scatter([x(case) for case in rows], [y(case) for case in rows], color=PALETTE[0], s=45, zorder=3)
-        slope, intercept = fits[fit]["slope"], fits[fit]["intercept"]
-        xs = np.linspace(0, max(x(case) for case in rows), 50)
-        label = f"{slope:.3g} x {intercept:+.3g}, R² {fits[fit]['r_squared']:.3f}"
-        place.plot(xs, slope * xs + intercept, color=GREY, linestyle="--", label=label)
-        place.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
+    cases = pd.DataFrame(found["cases"])
+    cases["per_1000"] = 1000 * cases.epoch_seconds / cases.images
+    cases["area"], cases["steps"] = (cases.image_size / 64) ** 2, 1000 / cases.batch_size
+    # All three series start from the same case: the fewest images of those that vary the size, 64 px, batch 64.
+    of_64, batch_64 = cases.image_size == 64, cases.batch_size == 64
+    small = cases.images == cases.images[~of_64].min()
+    units = {"epoch_seconds": "seconds per epoch", "peak_memory_mb": "peak memory (MB)"}
+    panels = (
+        (of_64 & batch_64, "images", "epoch_seconds", "epoch_seconds_by_images", "images (64 px, batch 64)"),
+        (small & batch_64, "area", "per_1000", "seconds_per_1000_by_area", "area of the image (64 x 64 px = 1)"),
+        (small & of_64, "steps", "per_1000", "seconds_per_1000_by_steps", "steps per 1,000 images"),
+        (small & of_64, "batch_size", "peak_memory_mb", "memory_mb_by_batch", "batch size (64 px)"),
+    )
+    for place, (chosen, x, y, name, xlabel) in zip(axes.flat, panels, strict=True):
+        rows, fit = cases[chosen], found["fits"][name]
+        place.scatter(rows[x], rows[y], color=PALETTE[0], s=45, zorder=3)
+        xs = np.linspace(0, rows[x].max(), 50)
+        label = f"{fit['slope']:.3g} x {fit['intercept']:+.3g}, R² {fit['r_squared']:.3f}"
+        place.plot(xs, fit["slope"] * xs + fit["intercept"], color=GREY, linestyle="--", label=label)
+        place.set(xlabel=xlabel, ylabel=units.get(y, "seconds per 1,000 images"), ylim=(0, None))
         place.legend(fontsize="small")
-
-    def per_1000(case) -> float:
-        return 1000 * case["epoch_seconds"] / case["images"]
-
-    small = min(case["images"] for case in cases if case["image_size"] != 64)
-    panel(
-        axes[0, 0], lambda c: (c["image_size"], c["batch_size"]) == (64, 64), lambda c: c["images"],
-        lambda c: c["epoch_seconds"], "epoch_seconds_by_images", "images (64 px, batch 64)", "seconds per epoch",
-    )  # fmt: skip
-    panel(
-        axes[0, 1], lambda c: (c["images"], c["batch_size"]) == (small, 64), lambda c: (c["image_size"] / 64) ** 2,
-        per_1000, "seconds_per_1000_by_area", "area of the image (64 x 64 px = 1)", "seconds per 1,000 images",
-    )  # fmt: skip
-    panel(
-        axes[1, 0], lambda c: (c["images"], c["image_size"]) == (small, 64), lambda c: 1000 / c["batch_size"],
-        per_1000, "seconds_per_1000_by_steps", "steps per 1,000 images (1,000 / batch size)",
-        "seconds per 1,000 images",
-    )  # fmt: skip
-    panel(
-        axes[1, 1], lambda c: (c["images"], c["image_size"]) == (small, 64), lambda c: c["batch_size"],
-        lambda c: c["peak_memory_mb"], "memory_mb_by_batch", "batch size (64 px)", "peak memory (MB)",
-    )  # fmt: skip
     return fig

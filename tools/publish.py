@@ -1,4 +1,7 @@
-"""TODO tools.publish"""
+"""Bring what was run into the repository: outputs of notebooks, and runs without their weights.
+
+Nothing that belongs to one machine or one moment comes along: no paths, no times, no widget state, no warnings.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import nbformat
+from nbstripout import strip_output
+
 from cifar_ft.course import CourseError, drop_widgets
-from cifar_ft.files import checkout, show_path
+from cifar_ft.files import checkout, show_path, write_atomic
+from cifar_ft.results import Run
 
+RECORDED_FILES = ("config.json", "history.csv", "metrics.json", "test_logits.npz", "val_logits.npz")
 BASE64 = re.compile(r"base64,[A-Za-z0-9+/=\s]+")
-
-
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
-
-
 EXTRA_KEYS = [
     "metadata.widgets",
     "metadata.papermill",
@@ -28,11 +32,9 @@ EXTRA_KEYS = [
 
 
 def publish(out: str | Path, notebooks_dir: str | Path, names: Iterable[str] | None = None) -> list[str]:
-    """Bring the outputs of a complete course run back into the notebooks that are committed.
+    """Copy the outputs of a complete course run into the committed notebooks; publishing twice changes nothing.
 
     Only outputs and execution counts move; sources, tags and parameters stay those of the committed files.
-    Prints and displays are kept, stderr and widget views are not, and metadata is normalised, so that
-    publishing the same run twice changes nothing.
 
     Parameters
     ----------
@@ -54,16 +56,13 @@ def publish(out: str | Path, notebooks_dir: str | Path, names: Iterable[str] | N
         The run is not complete or not of these notebooks, or an output holds an error or a path of this
         machine; no file has been changed.
     """
-    import nbformat
-
     out, notebooks_dir = Path(out).resolve(), Path(notebooks_dir)
     record = json.loads((out / "course.json").read_text("utf-8")) if (out / "course.json").exists() else {}
     if not record.get("complete"):
         raise CourseError(f"{show_path(out)} holds no complete run of the course; run it again and publish then")
     if record["changed"]:
-        names = ", ".join(record["changed"])
         raise CourseError(
-            f"{show_path(out)} was run with values that the notebooks do not show: {names}; "
+            f"{show_path(out)} was run with values that the notebooks do not show: {', '.join(record['changed'])}; "
             "publish a run with the default parameters"
         )
     neutral = f"course-output/{record['parameters'].get('RECIPE', 'course')}"
@@ -79,27 +78,21 @@ def publish(out: str | Path, notebooks_dir: str | Path, names: Iterable[str] | N
 
 def _with_outputs(source: Any, executed: Any, name: str, private: dict[str, str]) -> Any:
     """Return `source` with the outputs of `executed`, counted from 1, free of what must not be committed."""
-    from nbformat import from_dict
-    from nbstripout import strip_output
-
-    def code(notebook: Any) -> list:
-        return [cell for cell in notebook.cells if cell.cell_type == "code"]
-
-    ran = [cell for cell in code(executed) if "injected-parameters" not in cell.metadata.get("tags", [])]
-    if [cell.source for cell in code(source)] != [cell.source for cell in ran]:
+    cells = [cell for cell in source.cells if cell.cell_type == "code"]
+    ran = [cell for cell in executed.cells if cell.cell_type == "code"]
+    ran = [cell for cell in ran if "injected-parameters" not in cell.metadata.get("tags", [])]
+    if [cell.source for cell in cells] != [cell.source for cell in ran]:
         raise CourseError(f"{name}: its code is not the code that was run; run the course again")
-    for count, (cell, done) in enumerate(zip(code(source), ran, strict=True), 1):
-        kept = [output for output in done.outputs if output.get("name") != "stderr"]
-        text: list[str] = []
-        cell.outputs = [from_dict(_neutral(output, private, text)) for output in _last_state(kept)]
+    for count, (cell, done) in enumerate(zip(cells, ran, strict=True), 1):
+        shown = [output for output in done.outputs if output.get("name") != "stderr"]
+        cell.outputs = [nbformat.from_dict(_neutral(output, private)) for output in _last_state(shown)]
         cell.execution_count = count
         for output in cell.outputs:
             if output.output_type == "error":
                 raise CourseError(f"{name}, cell [{count}]: its output is an error ({output.ename}); mend it first")
             if "execution_count" in output:
                 output.execution_count = count
-        found = machine_path("\n".join(text))
-        if found:
+        if found := machine_path("\n".join(_strings(cell.outputs))):
             raise CourseError(
                 f"{name}, cell [{count}]: its output names {found}, a path of this machine; print show_path()"
             )
@@ -109,12 +102,10 @@ def _with_outputs(source: Any, executed: Any, name: str, private: dict[str, str]
 
 
 def _last_state(outputs: list) -> list:
-    """Merge printed text and keep of each line what a carriage return left of it: progress bars vanish."""
+    """Merge printed text, and of each line keep what the last carriage return left: progress bars vanish."""
     merged: list = []
     for output in outputs:
-        if output.output_type != "stream":
-            merged.append(output)
-        elif merged and merged[-1].output_type == "stream":
+        if output.output_type == "stream" and merged and merged[-1].output_type == "stream":
             merged[-1].text += output.text
         else:
             merged.append(copy.deepcopy(output))
@@ -124,17 +115,23 @@ def _last_state(outputs: list) -> list:
     return merged
 
 
-def _neutral(value: Any, private: dict[str, str], text: list[str]) -> Any:
-    """Copy an output with private paths replaced by their neutral form, and collect its strings in `text`."""
+def _neutral(value: Any, private: dict[str, str]) -> Any:
+    """Copy an output with private paths replaced by their neutral form."""
     if isinstance(value, dict):
-        return {key: _neutral(part, private, text) for key, part in value.items()}
+        return {key: _neutral(part, private) for key, part in value.items()}
     if isinstance(value, list):
-        return [_neutral(part, private, text) for part in value]
+        return [_neutral(part, private) for part in value]
     if isinstance(value, str):
         for path, neutral in private.items():
             value = value.replace(path, neutral)
-        text.append(value)
     return value
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, (dict, list)):
+        parts = value.values() if isinstance(value, dict) else value
+        return [text for part in parts for text in _strings(part)]
+    return [value] if isinstance(value, str) else []
 
 
 def machine_path(text: str) -> str | None:
@@ -143,3 +140,25 @@ def machine_path(text: str) -> str | None:
     pattern = "|".join([*map(re.escape, here), r"/(?:home|Users|tmp|private|var/folders)/\w", r"\b[A-Z]:\\+\w"])
     found = re.search(rf"(?<![\w.~-])(?:{pattern})[\w./\\-]*", BASE64.sub("", text))
     return found.group() if found else None
+
+
+def publish_run(run: Run, folder: str | Path, names: Iterable[str] = RECORDED_FILES) -> None:
+    """Copy a run's figures into `folder`, without its weights and without the paths its description may hold."""
+    for name in names:
+        if not (run.path / name).exists():
+            continue
+        content = (run.path / name).read_bytes()
+        if name == "config.json":
+            recipe, weights = without_paths(run)
+            config = json.loads(content) | {"recipe": recipe, "weights": weights}
+            content = (json.dumps(config, indent=2) + "\n").encode()
+        write_atomic(Path(folder) / name, content)
+
+
+def without_paths(run: Run) -> tuple[dict, dict]:
+    """A run's recipe and its weights' description, a file of weights named without the folder it was in."""
+    recipe, weights = dict(run.config["recipe"]), dict(run.config["weights"])
+    if recipe["weights"] not in ("imagenet", "none"):
+        recipe["weights"] = Path(recipe["weights"]).name
+        weights["source"] = f"the file {recipe['weights']}"
+    return recipe, weights
