@@ -39,6 +39,13 @@ def data_root(root: str | Path | None = None) -> Path:
     return Path(os.path.expanduser(chosen)) if chosen else platformdirs.user_cache_path("cifar_ft", appauthor=False)
 
 
+def runs_root() -> Path:
+    """Where runs are kept: $CIFAR_FT_RUNS, else `runs` beside the checkout's pyproject.toml, else ./runs."""
+    if os.environ.get("CIFAR_FT_RUNS"):
+        return Path(os.environ["CIFAR_FT_RUNS"]).expanduser()
+    return (checkout() or Path()) / "runs"
+
+
 def show_path(path: str | Path) -> str:
     """A path as text for people, the home directory shortened to `~`."""
     full = Path(os.path.abspath(os.path.expanduser(path)))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cifar_ft import log, results, training
 from cifar_ft.data import CLASSES, Cifar10, Split, load_cifar10
-from cifar_ft.files import unknown, write_atomic
+from cifar_ft.files import runs_root, unknown, write_atomic
 from cifar_ft.models import predict_logits
 from cifar_ft.predictions import PredictionError, Predictor
 from cifar_ft.recipes import Recipe, get_recipe, parse_overrides
@@ -180,7 +180,7 @@ def run_ablations(data: Cifar10, path: Path, seeds: Iterable[int], base: str = B
 def redraw(name: str, data: Cifar10, out: Path, *, weights: str | Path, epochs: int, settings: str = "") -> Run:
     """Train one of `REDRAWN`, and keep its curves and figures in `out`, without weights and logits.
 
-    The run itself stays below `results.runs_root()`, and is resumed when it was interrupted.
+    The run itself stays below `files.runs_root()`, and is resumed when it was interrupted.
 
     Parameters
     ----------
@@ -196,7 +196,7 @@ def redraw(name: str, data: Cifar10, out: Path, *, weights: str | Path, epochs: 
     recipe = get_recipe(base, common | parse_overrides(changes) | parse_overrides(settings))
     network = "whole" if recipe.last_stage is None else f"cut-after-stage-{recipe.last_stage}"
     # One level below the runs that predictions and notebook 05 look for: none of these is meant to be used.
-    folder = results.runs_root() / "redrawn" / f"{name}-{network}-{epochs}-epochs"
+    folder = runs_root() / "redrawn" / f"{name}-{network}-{epochs}-epochs"
     run = training.fit(recipe, data, folder, resume=(folder / "config.json").exists())
     publish_run(run, out, ("config.json", "history.csv", "metrics.json"))
     return run

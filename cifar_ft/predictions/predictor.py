@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from cifar_ft import CifarFtError, log
 from cifar_ft.data import CLASSES, Split
-from cifar_ft.files import ASSETS, one_line, show_path
+from cifar_ft.files import ASSETS, one_line, runs_root, show_path
 from cifar_ft.models import create_backbone, cut, predict_logits, replace_head, replace_stem
 from cifar_ft.predictions.images import SIZE, ImageError, Note, Picture, checked_fit, find_pictures, squared
 from cifar_ft.recipes import Recipe
-from cifar_ft.results import accuracy_text, energy, load_run, newest_run, runs_root
+from cifar_ft.results import accuracy_text, energy, load_run, newest_run
 from cifar_ft.transforms import eval_transform
 
 BATCH = 32  # pictures in memory at a time

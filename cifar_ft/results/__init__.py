@@ -27,7 +27,6 @@ from cifar_ft.results.runs import (
     load_run,
     newest_run,
     published_log,
-    runs_root,
     test_issues,
 )
 from cifar_ft.results.studies import (
@@ -73,7 +72,6 @@ __all__ = [
     "recorded_appraisal",
     "recorded_redrawn",
     "redrawn_table",
-    "runs_root",
     "selective_accuracy",
     "summarize",
     "test_issues",

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 
 from cifar_ft import CifarFtError
-from cifar_ft.files import ASSETS, PACKAGE, checkout, show_path
+from cifar_ft.files import ASSETS, PACKAGE, checkout, runs_root, show_path
 from cifar_ft.results.metrics import (
     checked_classes,
     wilson_interval,
@@ -76,13 +76,6 @@ class Run:
     @property
     def accuracy(self) -> float:
         return self.correct / len(self.labels)
-
-
-def runs_root() -> Path:
-    """Where runs are kept: $CIFAR_FT_RUNS, else `runs` beside the checkout's pyproject.toml, else ./runs."""
-    if os.environ.get("CIFAR_FT_RUNS"):
-        return Path(os.environ["CIFAR_FT_RUNS"]).expanduser()
-    return (checkout() or Path()) / "runs"
 
 
 def find_runs(root: str | os.PathLike | None = None) -> list[Path]:

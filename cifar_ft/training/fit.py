@@ -39,7 +39,7 @@ def fit(recipe: Recipe, data: Cifar10, run_dir: str | Path | None = None, *, res
     recipe : Recipe
     data : Cifar10
     run_dir : path, optional
-        Folder of the run; by default a new one under `results.runs_root()`, named by recipe and time.
+        Folder of the run; by default a new one under `files.runs_root()`, named by recipe and time.
     resume : bool
         Resume the run in `run_dir` from its last complete checkpoint; a finished run is only loaded.
         Ctrl-C and SIGTERM leave such a checkpoint.

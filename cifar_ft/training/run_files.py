@@ -21,9 +21,9 @@ from torch import Tensor
 
 from cifar_ft import __version__
 from cifar_ft.data import Cifar10, Split
-from cifar_ft.files import PACKAGE, show_path
+from cifar_ft.files import PACKAGE, runs_root, show_path
 from cifar_ft.recipes import Recipe
-from cifar_ft.results import fit_calibration, runs_root, wilson_interval
+from cifar_ft.results import fit_calibration, wilson_interval
 from cifar_ft.training.checkpoint import RunDirectory
 from cifar_ft.training.faults import TrainingError
 from cifar_ft.training.hardware import hardware
@@ -45,7 +45,7 @@ DECISIVE = (
 
 
 def new_run_dir(recipe: Recipe) -> Path:
-    """A folder that does not exist yet, named by recipe and time, under `results.runs_root()`."""
+    """A folder that does not exist yet, named by recipe and time, under `files.runs_root()`."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     names = (f"{recipe.name}-{stamp}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
     return next(path for path in (runs_root() / name for name in names) if not path.exists())

@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from cifar_ft import CifarFtError, log
-from cifar_ft.files import ASSETS, PACKAGE
+from cifar_ft.files import ASSETS, PACKAGE, runs_root
 
 NOTEBOOK = ASSETS / "app.ipynb"
 HOST = "127.0.0.1"
@@ -145,8 +145,6 @@ def command(folder: Path, port: int, host: str, pool: int) -> list[str]:
 
 def environment(folder: Path) -> dict[str, str]:
     """This process's environment, with all settings of Jupyter, IPython and matplotlib inside the temporary folder."""
-    from cifar_ft.results import runs_root
-
     own = {
         "JUPYTER_CONFIG_DIR": folder / "config",
         "JUPYTER_DATA_DIR": folder / "data",
