@@ -84,7 +84,7 @@ class TrainLoader:
             if step < self.start:
                 continue
             places, counted = self._share(len(members))
-            images, labels = self.split.__getitems__(members[places])
+            images, labels = self.split[members[places]]
             cuts = max(1, min(self.accumulation, len(places) // 2))
             seed, done = epoch_seed(self.seed, self.epoch, step + 1), 0
             for part in places.tensor_split(cuts):
