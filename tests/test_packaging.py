@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -18,10 +19,15 @@ ROOT = Path(__file__).resolve().parent.parent
 needs_make = pytest.mark.skipif(os.name == "nt" or not shutil.which("make"), reason="make is not installed")
 
 
+def ranges(lines: list[str]) -> dict[str, str]:
+    """Name and range of each requirement."""
+    return dict(re.match(r"([\w-]+)(.*)", line).groups() for line in lines)
+
+
 def requirements(path: Path) -> dict[str, str]:
-    """Name and range of each requirement line, comments and options left out."""
+    """Those of a file, comments and options left out."""
     lines = (line.split("#")[0].strip() for line in path.read_text("utf-8").splitlines())
-    return dict(re.match(r"([\w-]+)(.*)", line).groups() for line in lines if line and not line.startswith("-"))
+    return ranges([line for line in lines if line and not line.startswith("-")])
 
 
 def project() -> dict:
@@ -30,12 +36,8 @@ def project() -> dict:
 
 
 def test_requirements_and_pyproject_ask_for_the_same():
-    declared = [
-        *project()["dependencies"],
-        *(x for extra in project()["optional-dependencies"].values() for x in extra),
-    ]
-    asked = dict(re.match(r"([\w-]+)(.*)", line).groups() for line in declared)
-    assert requirements(ROOT / "requirements.txt") == asked
+    extras = [line for extra in project()["optional-dependencies"].values() for line in extra]
+    assert requirements(ROOT / "requirements.txt") == ranges([*project()["dependencies"], *extras])
 
 
 def test_every_course_requirement_has_a_reason_and_the_library_comes_last():
@@ -46,7 +48,7 @@ def test_every_course_requirement_has_a_reason_and_the_library_comes_last():
 
 
 def test_binder_installs_what_the_notebooks_need_on_cpu():
-    needed = dict(re.match(r"([\w-]+)(.*)", line).groups() for line in project()["dependencies"])
+    needed = ranges(project()["dependencies"])
     binder = requirements(ROOT / "binder" / "requirements.txt")
     for name in ("torch", "torchvision"):
         needed.pop(name)
@@ -63,6 +65,43 @@ def test_scripts_can_be_executed(name):
     path = ROOT / name
     assert path.stat().st_mode & stat.S_IXUSR
     assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
+
+
+def test_an_installed_copy_is_complete_and_has_nothing_of_the_repository_but_its_results(tmp_path):
+    site, ignored = tmp_path / "site", shutil.ignore_patterns("__pycache__")
+    for name in ("cifar_ft", "results", "tools"):
+        shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "source")
+    options = ["--no-deps", "--no-index", "--no-build-isolation", "--quiet", "--target", str(site)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(tmp_path / "source")], check=True)
+    assert {path.name for path in site.iterdir() if "dist-info" not in path.name} == {"cifar_ft"}
+    kept = {path.relative_to(ROOT) for path in (ROOT / "cifar_ft").rglob("*") if path.is_file()}
+    missing = [path for path in kept if "__pycache__" not in path.parts and not (site / path).exists()]
+    assert missing == []
+    code = """
+import json, cifar_ft
+from cifar_ft import results
+from cifar_ft.data import load_samples
+tables = results.recorded_ablations(), results.recorded_redrawn(), results.published_log(), results.test_issues()
+run = results.load_run(results.SHIPPED_RUN)
+found = {"library": cifar_ft.__file__, "recorded": str(results.RECORDED), "tables": [len(table) for table in tables]}
+print(json.dumps({**found, "images": len(load_samples()), "accuracy": run.accuracy}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert Path(found["library"]).is_relative_to(site)
+    assert Path(found["recorded"]) == site / "cifar_ft" / "recorded"
+    assert found["images"] == 200
+    assert all(found["tables"])
+    assert found["accuracy"] == json.loads((ROOT / "results/cpu/metrics.json").read_text())["test_accuracy"]
 
 
 def test_the_citation_names_the_address_and_version():
