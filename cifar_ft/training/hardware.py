@@ -6,12 +6,14 @@ The layers of `convolutions` belong to it too.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import platform
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,42 +97,33 @@ def cpu_precision(backbone: str, vendor: str, features: frozenset[str]) -> tuple
 def survives(recipe: Recipe, plan: Plan) -> bool:
     """Whether oneDNN survives a training step of this recipe: on some AMD processors it dies of SIGFPE.
 
-    Tried on AMD processors alone, in a process of its own, once for each machine, PyTorch, network, size and batch
-    (pytorch/pytorch#177227). The answers are kept in the data folder; a file that is damaged or cannot be written costs
-    the time of another trial.
+    Tried on AMD processors alone, in a process of its own (pytorch/pytorch#177227). The answer for a machine, PyTorch,
+    network, size and batch is kept in the data folder; one that cannot be kept costs the time of another trial.
     """
     if _processor()[0] != "AuthenticAMD":
         return True
-    file = data_root() / "onednn.json"
-    settings = (
-        f"{recipe.backbone}, {recipe.image_size} px, batch {recipe.batch_size}, {recipe.freeze}, {plan.precision}"
-    )
-    key = f"{hardware()} | torch {torch.__version__} | {settings}"
-    try:
-        known = {str(name): bool(answer) for name, answer in json.loads(file.read_text(encoding="utf-8")).items()}
-    except (OSError, ValueError, AttributeError):
-        known = {}
-    if key not in known:
-        died = _trial(recipe, plan)
-        if died in CRASHES:
-            name = signal.Signals(died).name
-            log.warning(f"The CPU library oneDNN crashes on this processor ({name}): training without it")
-        known[key] = died not in CRASHES
-        try:
-            write_atomic(file, (json.dumps(known, indent=1) + "\n").encode())
-        except FileError as error:
-            log.debug(str(error))
-    return known[key]
+    size = f"{recipe.backbone}-{recipe.image_size}px-{recipe.batch_size}-{recipe.freeze}-{plan.precision}"
+    machine = hashlib.sha256(hardware().encode()).hexdigest()[:8]
+    file = data_root() / "onednn" / f"{machine}-torch-{torch.__version__}-{size}.txt"
+    with suppress(OSError, UnicodeDecodeError):
+        if (known := file.read_text(encoding="ascii")) in ("survives", "crashes"):
+            return known == "survives"
+    died = _trial(recipe, plan)
+    if died in CRASHES:
+        name = signal.Signals(died).name
+        log.warning(f"The CPU library oneDNN crashes on this processor ({name}): training without it")
+    with suppress(FileError):
+        write_atomic(file, b"crashes" if died in CRASHES else b"survives")
+    return died not in CRASHES
 
 
 def _trial(recipe: Recipe, plan: Plan) -> int | None:
     """The signal that ended a training step in a process of its own, if one did."""
-    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
-    request = json.dumps({"recipe": recipe.to_dict(), "precision": plan.precision})
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])}
+    request = json.dumps({"recipe": recipe.to_dict(), "precision": plan.precision}).encode()
     command = [sys.executable, "-m", "cifar_ft.training.hardware"]
-    environment, options = {**os.environ, "PYTHONPATH": path}, {"capture_output": True, "text": True}
     try:
-        done = subprocess.run(command, input=request, timeout=TRIAL_SECONDS, env=environment, check=False, **options)
+        done = subprocess.run(command, input=request, env=environment, capture_output=True, timeout=TRIAL_SECONDS)
     except (subprocess.TimeoutExpired, OSError):
         return None
     return -done.returncode if done.returncode < 0 else None
@@ -138,13 +131,11 @@ def _trial(recipe: Recipe, plan: Plan) -> int | None:
 
 def trial_step(recipe: Recipe, precision: str) -> None:
     """One step forward and backward on random weights and images, as training computes it on a CPU."""
-    log.setLevel("ERROR")
-    model = build_model(recipe.replace(weights="none")).train().to(memory_format=torch.channels_last)
-    size = recipe.image_size
-    images = torch.randn(recipe.batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
+    model = speed_up(build_model(recipe.replace(weights="none")).train().to(memory_format=torch.channels_last))
+    images = torch.randn(recipe.batch_size, 3, recipe.image_size, recipe.image_size)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        loss = F.cross_entropy(speed_up(model)(images).float(), torch.arange(recipe.batch_size) % 10)
-    loss.backward()
+        logits = model(images.contiguous(memory_format=torch.channels_last)).float()
+    F.cross_entropy(logits, torch.arange(recipe.batch_size) % 10).backward()
 
 
 def hardware() -> str:
@@ -160,23 +151,19 @@ def _processor() -> tuple[str, frozenset[str]]:
 
 
 def _cpuinfo(entry: str) -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            lines = (line.partition(":") for line in file)
-            return next((value.strip() for name, _, value in lines if name.strip() == entry), "")
-    except OSError:
-        return ""
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        lines = (line.partition(":") for line in file)
+        return next((value.strip() for name, _, value in lines if name.strip() == entry), "")
+    return ""
 
 
 def usable_cpus() -> int:
     """Processors that this process may use: a container's quota can allow fewer than the machine has."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
+    with suppress(OSError, ValueError):  # no control groups here
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         if quota != "max":
             cpus = min(cpus, max(1, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no control groups here
-        pass
     return cpus
 
 
@@ -188,14 +175,12 @@ def keep_memory() -> None:
     """
     if not sys.platform.startswith("linux"):
         return
-    try:
+    with suppress(OSError, AttributeError):  # another C library: nothing to gain
         libc = ctypes.CDLL("libc.so.6")
         mmap_max, trim_threshold, top_pad = -4, -1, -2  # from malloc.h
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(top_pad, 64 * 2**20)
-    except (OSError, AttributeError):  # another C library: nothing to gain
-        return
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """All that exists only for speed: precision by rule, the trial for the oneDNN crash, what the machine is."""
 
-import json
 import os
 import signal
 import sys
@@ -110,14 +109,16 @@ def test_only_amd_processors_are_tried(processor, trials):
     assert trials == []
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "[1]", "3", "null", "\x00\xff"])
-def test_damaged_answers_cost_another_trial(processor, trials, tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"perhaps", b"\x00\xff"])
+def test_a_damaged_answer_costs_another_trial(processor, trials, tmp_path, content):
     processor("AuthenticAMD")
-    (tmp_path / "onednn.json").write_bytes(content.encode("latin-1"))
+    choose_plan(recipe(), "resnet18", CPU)
+    (answer,) = (tmp_path / "onednn").iterdir()
+    answer.write_bytes(content)
     for _ in range(2):
         assert choose_plan(recipe(), "resnet18", CPU).onednn
-    assert len(trials) == 1
-    assert list(json.loads((tmp_path / "onednn.json").read_text()).values()) == [True]
+    assert len(trials) == 2
+    assert answer.read_bytes() == b"survives"
 
 
 def test_answers_that_cannot_be_written_cost_a_trial_each_time(processor, trials, tmp_path, monkeypatch):
@@ -156,8 +157,7 @@ def test_a_real_trial_is_survived_here(processor, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_trial_step_goes_forward_and_backward(precision, monkeypatch):
-    monkeypatch.setattr(machine.log, "setLevel", lambda level: None)
+def test_a_trial_step_goes_forward_and_backward(precision):
     trial_step(recipe(), precision)
 
 
