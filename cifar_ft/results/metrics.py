@@ -6,7 +6,6 @@ All functions take plain arrays of labels, predictions or probabilities; none kn
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import pandas as pd
 import torch
 
 from cifar_ft import CifarFtError
+from cifar_ft.data import CLASSES
 
 
 class ResultError(CifarFtError, ValueError):
@@ -26,12 +26,9 @@ def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, f
 
     Raises ResultError for counts that are not whole, no trials, more hits than trials, or a negative z.
     """
-    try:
-        correct, total = operator.index(correct), operator.index(total)
-    except TypeError:
-        raise ResultError(f"correct={correct!r}, total={total!r}: give whole counts, not fractions") from None
-    if total < 1 or not 0 <= correct <= total:
-        raise ResultError(f"correct={correct}, total={total}: need total > 0 and 0 <= correct <= total")
+    if not (hasattr(correct, "__index__") and hasattr(total, "__index__") and 0 <= correct <= total and total > 0):
+        raise ResultError(f"correct={correct!r}, total={total!r}: give whole counts, total > 0, 0 <= correct <= total")
+    correct, total = int(correct), int(total)
     if not (z >= 0 and math.isfinite(z)):
         raise ResultError(f"z={z}: need a finite number of standard errors, such as 1.96 for 95 %")
     p, shrink = correct / total, 1 + z * z / total
@@ -95,34 +92,27 @@ def _scored(labels: Any, probabilities: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def confusion(labels: Any, predictions: Any, classes: int = 10) -> np.ndarray:
     """Count images by true class (rows) and predicted class (columns): int64 [classes, classes]."""
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
     labels = checked_classes(labels, "labels", classes)
     predictions = checked_classes(predictions, "predictions", classes, len(labels))
-    return np.bincount(labels * classes + predictions, minlength=classes * classes).reshape(classes, classes)
+    return multiclass_confusion_matrix(torch.from_numpy(predictions), torch.from_numpy(labels), classes).numpy()
 
 
-def per_class_accuracy(labels: Any, predictions: Any, class_names: Sequence[str] | None = None) -> pd.DataFrame:
+def per_class_accuracy(labels: Any, predictions: Any, class_names: Sequence[str] = CLASSES) -> pd.DataFrame:
     """Accuracy of each true class, NaN without images: columns class, accuracy, low, high (Wilson), n."""
-    if class_names is None:
-        from cifar_ft.data import CLASSES as class_names
     matrix = confusion(labels, predictions, len(class_names))
     counts = zip(class_names, matrix.diagonal().tolist(), matrix.sum(axis=1).tolist(), strict=True)
-    rows = [
-        (name, hits / n, *wilson_interval(hits, n), n) if n else (name, *[math.nan] * 3, 0) for name, hits, n in counts
-    ]
+    none = math.nan, math.nan, math.nan
+    rows = [(name, *((hits / n, *wilson_interval(hits, n)) if n else none), n) for name, hits, n in counts]
     return pd.DataFrame(rows, columns=["class", "accuracy", "low", "high", "n"])
 
 
 def calibration(labels: Any, probabilities: Any, bins: int = 15) -> tuple[pd.DataFrame, float]:
-    """Compare confidence with accuracy in equal bins of confidence (Guo et al., ICML 2017).
+    """Compare confidence with accuracy in `bins` equal bins of confidence over 0 to 1 (Guo et al., ICML 2017).
 
-    Parameters
-    ----------
-    labels : int [N]; probabilities : float [N, C], rows sum to 1; bins : number of equal bins over 0 to 1.
-
-    Returns
-    -------
-    frame : one row a bin: confidence and accuracy (means, NaN in an empty bin), count, low_edge, high_edge.
-    ece : expected calibration error as a fraction, from torchmetrics.
+    Returns one row a bin (means of confidence and accuracy, NaN in an empty bin, count, low_edge, high_edge), and the
+    expected calibration error as a fraction, from torchmetrics.
     """
     from torchmetrics.functional.classification import multiclass_calibration_error
 
@@ -145,15 +135,8 @@ def calibration(labels: Any, probabilities: Any, bins: int = 15) -> tuple[pd.Dat
 def fit_temperature(logits: Any, labels: Any) -> float:
     """The temperature T for which softmax(logits / T) has the least cross-entropy (Guo et al., ICML 2017).
 
-    Parameters
-    ----------
-    logits : float [N, C]; labels : int [N]
-        Of a split that was neither trained on nor is scored afterwards: validation.
-
-    Returns
-    -------
-    float
-        Above 1 for a model that is too sure of itself; between 0.05 and 20.
+    It is between 0.05 and 20, and above 1 for a model that is too sure of itself. Logits [N, C] and labels [N] must be
+    of a split that was neither trained on nor is evaluated afterwards: validation.
     """
     logits = torch.as_tensor(np.asarray(logits), dtype=torch.float64)
     if logits.ndim != 2 or not logits.isfinite().all():
@@ -209,13 +192,6 @@ def selective_accuracy(labels: Any, probabilities: Any) -> pd.DataFrame:
 def most_confident_mistakes(labels: Any, probabilities: Any, k: int = 16) -> pd.DataFrame:
     """The `k` wrong predictions of highest probability: columns index, label, prediction, probability."""
     labels, probabilities = _scored(labels, probabilities)
-    prediction, probability = probabilities.argmax(axis=1), probabilities.max(axis=1)
-    frame = pd.DataFrame(
-        {
-            "index": np.arange(len(labels)),
-            "label": labels,
-            "prediction": prediction,
-            "probability": probability,
-        }
-    )[prediction != labels]
+    columns = {"index": np.arange(len(labels)), "label": labels, "prediction": probabilities.argmax(axis=1)}
+    frame = pd.DataFrame(columns | {"probability": probabilities.max(axis=1)})[columns["prediction"] != labels]
     return frame.sort_values("probability", ascending=False, kind="stable").head(k).reset_index(drop=True)

@@ -1,7 +1,4 @@
-"""What plain accuracy does not say: corrupted pictures, doubtful test images, and answers that may be withheld.
-
-The corruptions are self-made and simple: each acts on the 32-pixel images, before they are resized.
-"""
+"""What plain accuracy does not say: how a model does on corrupted pictures, and without the doubtful test images."""
 
 from __future__ import annotations
 
@@ -16,30 +13,17 @@ from cifar_ft.results.metrics import accuracy_text, wilson_interval
 from cifar_ft.transforms import CORRUPTIONS
 
 
-def corrupted_accuracy(
-    logits_of: Callable[[Tensor], Tensor],
-    images: Tensor,
-    labels: Tensor,
-) -> pd.DataFrame:
-    """Accuracy under every corruption and level.
+def corrupted_accuracy(logits_of: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> pd.DataFrame:
+    """Accuracy under every corruption and level: columns corruption, level, unit, accuracy, low, high (95 % Wilson).
 
-    Parameters
-    ----------
-    logits_of : callable
-        uint8 images [N, 3, 32, 32] to logits [N, 10].
-
-    Returns
-    -------
-    DataFrame
-        Columns corruption, level, unit, accuracy, low, high (95 % Wilson interval).
+    `logits_of` maps uint8 images [N, 3, 32, 32] to logits [N, 10]; it resizes them, after they were corrupted.
     """
     rows = []
     for name, (function, levels, unit) in CORRUPTIONS.items():
         for level in levels:
             correct = int((logits_of(function(images, level)).argmax(1) == labels).sum())
-            interval = wilson_interval(correct, len(labels))
             log.info(f"{name} {level:g}: {accuracy_text(correct, len(labels))}")
-            rows.append((name, level, unit, correct / len(labels), *interval))
+            rows.append((name, level, unit, correct / len(labels), *wilson_interval(correct, len(labels))))
     return pd.DataFrame(rows, columns=["corruption", "level", "unit", "accuracy", "low", "high"])
 
 
@@ -48,12 +32,9 @@ def accuracy_without(issues: pd.DataFrame, correct: np.ndarray, indices: np.ndar
 
     Parameters
     ----------
-    issues : DataFrame
-        `results.test_issues()`: test_index, issue.
-    correct : bool array [N]
-        Whether each test image is predicted right.
-    indices : int array [N], optional
-        Their places in the official order of the test set; default: all 10,000, in that order.
+    issues : `results.test_issues()`.
+    correct : bool array [N], whether each test image is predicted right.
+    indices : int array [N], their places in the official order of the test set; default: all, in that order.
 
     Returns
     -------
@@ -61,18 +42,12 @@ def accuracy_without(issues: pd.DataFrame, correct: np.ndarray, indices: np.ndar
         "all", "without twins", "without unconfirmed labels" and "without both", each with images, accuracy and ci95.
     """
     indices = np.arange(len(correct)) if indices is None else indices
-    twins, doubtful = (_marked(issues, kind, indices) for kind in ("twin", "label"))
-    kept = {"all": np.ones(len(correct), bool), "without twins": ~twins, "without unconfirmed labels": ~doubtful}
-    kept["without both"] = ~twins & ~doubtful
-    return {
-        name: {
-            "images": int(mask.sum()),
-            "accuracy": float(correct[mask].mean()),
-            "ci95": wilson_interval(int(correct[mask].sum()), int(mask.sum())),
-        }
-        for name, mask in kept.items()
-    }
-
-
-def _marked(issues: pd.DataFrame, kind: str, indices: np.ndarray) -> np.ndarray:
-    return np.isin(indices, issues.test_index[issues.issue.str.contains(kind)])
+    twins, doubtful = (
+        np.isin(indices, issues.test_index[issues.issue.str.contains(kind)]) for kind in ("twin", "label")
+    )
+    left_out = {"all": np.zeros(len(correct), bool), "without twins": twins, "without unconfirmed labels": doubtful}
+    found = {}
+    for name, mask in (left_out | {"without both": twins | doubtful}).items():
+        hits, n = int(correct[~mask].sum()), int((~mask).sum())
+        found[name] = {"images": n, "accuracy": hits / n, "ci95": wilson_interval(hits, n)}
+    return found

@@ -1,8 +1,4 @@
-"""Measured results (notebook 05): logits of a model, and runs read from their directories.
-
-A run directory is read here and nowhere else, so that every table and figure speaks about the same files. The metrics
-themselves are in `metrics`, the logits of a model come from `evaluation`, and both are offered here too.
-"""
+"""Runs on disk: a run directory is read here and nowhere else, so that all figures tell of the same files."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -21,22 +17,14 @@ import pandas as pd
 import torch
 
 from cifar_ft import CifarFtError
-from cifar_ft.files import ASSETS, PACKAGE, checkout, runs_root, show_path
-from cifar_ft.results.metrics import (
-    checked_classes,
-    wilson_interval,
-)
-
-if TYPE_CHECKING:
-    from cifar_ft.recipes import Recipe
-
+from cifar_ft.files import ASSETS, PACKAGE, checkout, one_line, runs_root, show_path
+from cifar_ft.recipes import Recipe
+from cifar_ft.results.metrics import checked_classes, wilson_interval
 
 # What was measured once and is read by notebook 05: the checkout's results/, which an installed package has as a folder
 # of its own.
 RECORDED = checkout() / "results" if checkout() else PACKAGE / "recorded"
 SHIPPED_RUN = RECORDED / "cpu"  # the run of the shipped model, without its weights
-DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, BadZipFile, zlib.error)
-HISTORY_COLUMNS = ("epoch", "train_loss", "train_accuracy")
 COMPARED = ("recipe", "backbone", "epochs", "seeds", "test_accuracy", "low", "high", "std", "minutes")
 
 
@@ -57,8 +45,6 @@ class Run:
 
     @cached_property
     def recipe(self) -> Recipe:
-        from cifar_ft.recipes import Recipe
-
         return Recipe.from_dict(self.config["recipe"])
 
     @property
@@ -81,50 +67,12 @@ class Run:
 def find_runs(root: str | os.PathLike | None = None) -> list[Path]:
     """Directories of the finished runs right below `root` (default `runs_root()`), the newest first."""
     found = Path(root if root is not None else runs_root()).glob("*/metrics.json")
-    newest_first = sorted(found, key=lambda file: (file.stat().st_mtime_ns, file), reverse=True)
-    return [file.parent for file in newest_first]
+    return [file.parent for file in sorted(found, key=lambda file: (file.stat().st_mtime_ns, file), reverse=True)]
 
 
 def newest_run(root: str | os.PathLike | None = None) -> Path | None:
     """The most recently finished run, or None when there is none yet."""
     return next(iter(find_runs(root)), None)
-
-
-def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
-    """Read one file of a run; whatever is wrong with it becomes a RunError that names it."""
-    try:
-        return reader(path)
-    except FileNotFoundError:
-        problem = "is missing"
-    except DAMAGE as error:
-        problem = f"is damaged or unreadable ({' '.join(str(error).split())[:120] or type(error).__name__})"
-    raise RunError(f"{show_path(path)} {problem}; restore it or train this run again")
-
-
-def _json(path: Path) -> dict:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    kind = dict if path.name == "config.json" else str  # all settings, or the recipe's name
-    if not isinstance(content, dict) or not isinstance(content.get("recipe"), kind):
-        raise ValueError("expected a JSON object with a recipe")
-    return content
-
-
-def _history(path: Path) -> pd.DataFrame:
-    frame = pd.read_csv(path)
-    if missing := [name for name in HISTORY_COLUMNS if name not in frame]:
-        raise ValueError(f"columns missing: {', '.join(missing)}")
-    return frame.astype(float).astype({"epoch": int})
-
-
-def _test_logits(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    with np.load(path, allow_pickle=False) as arrays:
-        logits, labels = arrays["logits"].astype(np.float32), arrays["labels"]
-    if logits.ndim != 2:
-        raise ValueError(f"logits have shape {logits.shape}, expected [N, classes]")
-    labels = checked_classes(labels, "labels", logits.shape[1], len(logits))
-    if not np.isfinite(logits).all():
-        raise ValueError("logits are not finite: the training diverged; lower lr")
-    return logits, labels
 
 
 def load_run(path: str | os.PathLike) -> Run:
@@ -144,9 +92,40 @@ def load_run(path: str | os.PathLike) -> Run:
     return Run(path, config, history, metrics, *_read(path / "test_logits.npz", _test_logits))
 
 
-def _settings(run: Run) -> dict:
-    # A run of an earlier version has fewer keys.
-    return {key: value for key, value in run.recipe.to_dict().items() if key not in ("seed", "name")}
+def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
+    """Read one file of a run; whatever is wrong with it becomes a RunError that names it."""
+    try:
+        return reader(path)
+    except FileNotFoundError:
+        problem = "is missing"
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, BadZipFile, zlib.error) as error:
+        problem = f"is damaged or unreadable ({one_line(error)[:120] or type(error).__name__})"
+    raise RunError(f"{show_path(path)} {problem}; restore it or train this run again")
+
+
+def _json(path: Path) -> dict:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    kind = dict if path.name == "config.json" else str  # all settings, or the recipe's name
+    if not isinstance(content, dict) or not isinstance(content.get("recipe"), kind):
+        raise ValueError("expected a JSON object with a recipe")
+    return content
+
+
+def _history(path: Path) -> pd.DataFrame:
+    frame = pd.read_csv(path)
+    if missing := [name for name in ("epoch", "train_loss", "train_accuracy") if name not in frame]:
+        raise ValueError(f"columns missing: {', '.join(missing)}")
+    return frame.astype(float).astype({"epoch": int})
+
+
+def _test_logits(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    with np.load(path, allow_pickle=False) as arrays:
+        logits, labels = arrays["logits"].astype(np.float32), arrays["labels"]
+    if logits.ndim != 2:
+        raise ValueError(f"logits have shape {logits.shape}, expected [N, classes]")
+    if not np.isfinite(logits).all():
+        raise ValueError("logits are not finite: the training diverged; lower lr")
+    return logits, checked_classes(labels, "labels", logits.shape[1], len(logits))
 
 
 def compare_runs(runs: Sequence[Run | str | os.PathLike]) -> pd.DataFrame:
@@ -156,23 +135,23 @@ def compare_runs(runs: Sequence[Run | str | os.PathLike]) -> pd.DataFrame:
     -------
     Columns recipe, backbone, epochs, seeds (their number), test_accuracy (mean), low, high, std (over seeds,
     NaN for one), minutes (mean). The interval is Wilson's at the mean accuracy and counts each test image
-    once, whatever the number of seeds: all of them are scored on the same images.
+    once, whatever the number of seeds: all of them are evaluated on the same images.
     """
     groups: dict[tuple, list[Run]] = {}
     for run in (item if isinstance(item, Run) else load_run(item) for item in runs):
-        kind = run.metrics.get("recipe"), run.metrics.get("backbone")
-        groups.setdefault((*kind, json.dumps(_settings(run), sort_keys=True)), []).append(run)
+        settings = {key: value for key, value in run.recipe.to_dict().items() if key not in ("seed", "name")}
+        kind = run.metrics.get("recipe"), run.metrics.get("backbone"), json.dumps(settings, sort_keys=True)
+        groups.setdefault(kind, []).append(run)
     rows = []
-    for (name, backbone, _), members in groups.items():
-        mine, first = _settings(members[0]), members[0]
-        others = [_settings(group[0]) for kind, group in groups.items() if kind[:2] == (name, backbone)]
-        changed = [f"{key}={mine[key]}" for key in mine if any(each.get(key) != mine[key] for each in others)]
-        scores = pd.Series([run.accuracy for run in members])
-        low, high = wilson_interval(round(scores.mean() * len(first.labels)), len(first.labels))
-        minutes = pd.Series([run.metrics.get("train_seconds") for run in members], dtype=float).mean() / 60
+    for (name, backbone, settings), members in groups.items():
+        mine, alike = json.loads(settings), [json.loads(kind[2]) for kind in groups if kind[:2] == (name, backbone)]
+        changed = [f"{key}={mine[key]}" for key in mine if any(each[key] != mine[key] for each in alike)]
         label = f"{name} ({', '.join(changed)})" if changed else name
-        head = (label, backbone, first.metrics.get("epochs"), len(members))
-        rows.append((*head, scores.mean(), low, high, scores.std(), minutes))
+        scores, images = pd.Series([run.accuracy for run in members]), len(members[0].labels)
+        interval = wilson_interval(round(scores.mean() * images), images)
+        minutes = pd.Series([run.metrics.get("train_seconds") for run in members], dtype=float).mean() / 60
+        head = (label, backbone, members[0].metrics.get("epochs"), len(members))
+        rows.append((*head, scores.mean(), *interval, scores.std(), minutes))
     return pd.DataFrame(rows, columns=COMPARED)
 
 

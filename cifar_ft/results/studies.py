@@ -1,7 +1,6 @@
-"""Recorded experiments: tries for a recipe, ablations over seeds, and the published recipe redrawn.
+"""Recorded studies: ablations over seeds, the published recipe redrawn, and the robustness of the shipped model.
 
-Tries and ablations see the validation split alone; the test set is not even handed to them. Every run becomes one row
-of a CSV file as soon as it is done, so that a study can be stopped, gone on with, and shared between processes.
+`python -m tools.study`, in a checkout, runs them.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -27,12 +26,7 @@ ABLATIONS: dict[str, dict[str, str]] = {
         "all but the early stages": "freeze=early",
         "head fitted first, then everything": "head_fit_images=5000",
     },
-    "Which input size?": {
-        "64 px": "",
-        "32 px": "image_size=32",
-        "96 px": "image_size=96",
-        "128 px": "image_size=128",
-    },
+    "Which input size?": {"64 px": "", "32 px": "image_size=32", "96 px": "image_size=96", "128 px": "image_size=128"},
     "Which stem, at equal cost?": {
         "pretrained stem, 64 px": "",
         "random stem of stride 1, 32 px": "stem=cifar_random image_size=32",
@@ -58,9 +52,7 @@ ABLATIONS: dict[str, dict[str, str]] = {
         "the published std": "normalization=cifar10_published",
     },
 }
-
-
-# The published recipe on ResNet-50 cut behind its third stage (C4), in which all but stem and head can be pretrained
+# The published recipe on ResNet-50 cut after its third stage (C4), in which all but stem and head can be pretrained
 # from a file that lacks layer4. Name: the recipe, what is changed in it, and what that is in words.
 REDRAWN: dict[str, tuple[str, str, str]] = {
     "reference_b32": ("reference_b32", "", "batch 32, constant lr, as published"),
@@ -73,9 +65,13 @@ REDRAWN: dict[str, tuple[str, str, str]] = {
         "pretrained stem, 64 px, one cycle, head at 10 times",
     ),
 }
-
-
 CRITICAL_T = 2.7  # two-sided 99 % of Student's t with some 40 degrees of freedom; there are many comparisons
+
+
+SUMMARY = (
+    *("question", "variant", "changes", "seeds", "mean", "std"),
+    *("minutes", "difference", "standard_error", "distinguishable"),
+)
 
 
 class StudyError(CifarFtError, ValueError):
@@ -88,12 +84,7 @@ def variants(questions: Mapping[str, Mapping[str, str]] = ABLATIONS) -> list[str
 
 
 def summarize(rows: pd.DataFrame, questions: Mapping[str, Mapping[str, str]] = ABLATIONS) -> pd.DataFrame:
-    """One row for each question and variant.
-
-    Parameters
-    ----------
-    rows : DataFrame
-        Of `run_ablations`: changes, seed, val_accuracy, minutes.
+    """One row for each question and variant of runs with the columns changes, seed, val_accuracy and minutes.
 
     Returns
     -------
@@ -105,13 +96,12 @@ def summarize(rows: pd.DataFrame, questions: Mapping[str, Mapping[str, str]] = A
 
     Raises
     ------
-    StudyError
-        When a variant has fewer than two seeds.
+    StudyError : a variant has fewer than two seeds.
     """
-    groups = dict(iter(rows.fillna({"changes": ""}).groupby("changes")))
+    groups = dict(iter(rows.fillna({"changes": ""}).groupby("changes")))  # the base is an empty cell
     missing = [changes or "the base" for changes in variants(questions) if len(groups.get(changes, ())) < 2]
     if missing:
-        raise StudyError(f"fewer than two seeds of: {'; '.join(missing)}; run `python -m cifar_ft study ablations`")
+        raise StudyError(f"fewer than two seeds of: {'; '.join(missing)}; run `python -m tools.study ablations`")
     scores = {changes: group.val_accuracy.tolist() for changes, group in groups.items()}
     pooled = math.sqrt(statistics.mean(statistics.variance(each) for each in scores.values()))
     out = []
@@ -121,11 +111,10 @@ def summarize(rows: pd.DataFrame, questions: Mapping[str, Mapping[str, str]] = A
             mine = scores[changes]
             error = math.sqrt(sum(max(statistics.stdev(s), pooled) ** 2 / len(s) for s in (mine, first)))
             difference = statistics.mean(mine) - statistics.mean(first)
-            row = {"question": question, "variant": name, "changes": changes, "seeds": len(mine)}
-            row |= {"mean": statistics.mean(mine), "std": statistics.stdev(mine)}
-            row |= {"minutes": groups[changes].minutes.mean(), "difference": difference, "standard_error": error}
-            out.append({**row, "distinguishable": abs(difference) > CRITICAL_T * error})
-    return pd.DataFrame(out)
+            row = (question, name, changes, len(mine), statistics.mean(mine), statistics.stdev(mine))
+            far = abs(difference) > CRITICAL_T * error
+            out.append((*row, groups[changes].minutes.mean(), difference, error, far))
+    return pd.DataFrame(out, columns=SUMMARY)
 
 
 def recorded_ablations() -> pd.DataFrame:
@@ -145,26 +134,24 @@ def recorded_redrawn(folder: str | Path = RECORDED / "redrawn") -> dict[str, tup
 def redrawn_table(redrawn: Mapping[str, tuple[pd.DataFrame, dict]]) -> pd.DataFrame:
     """One row for each redrawn run, and a last one for the published log after as many epochs.
 
-    Returns
-    -------
-    DataFrame
-        run (in words), epochs, first_epoch and test_accuracy (of the first and the last epoch), low and high (95 %),
-        train_accuracy, minutes (None for the published log). Accuracies are fractions.
+    Columns: run (in words), epochs, first_epoch and test_accuracy (of the first and the last epoch), train_accuracy,
+    low and high (95 %), minutes (None for the published log). Accuracies are fractions.
     """
-    rows = []
-    for name, (history, metrics) in redrawn.items():
-        row = {"run": REDRAWN[name][2], "epochs": metrics["epochs"], "first_epoch": history.test_accuracy.iloc[0]}
-        row |= {"test_accuracy": metrics["test_accuracy"], "train_accuracy": history.train_accuracy.iloc[-1]}
-        low, high = metrics["test_accuracy_ci95"]
-        rows.append(row | {"low": low, "high": high, "minutes": metrics["train_seconds"] / 60})
-    epochs, log = max(row["epochs"] for row in rows), published_log()
-    first, last = log.iloc[0], log[log.epoch <= epochs].iloc[-1]
-    low, high = wilson_interval(round(10_000 * last.test_accuracy), 10_000)
-    row = {"run": "published log, whole ResNet-50", "epochs": int(last.epoch), "first_epoch": first.test_accuracy}
-    row |= {"test_accuracy": last.test_accuracy, "train_accuracy": last.train_accuracy, "low": low, "high": high}
-    return pd.DataFrame([*rows, row | {"minutes": None}])
+
+    def row(name: str, history: pd.DataFrame, interval: Sequence[float], minutes: float | None) -> tuple:
+        first, last = history.iloc[0], history.iloc[-1]
+        accuracies = first.test_accuracy, last.test_accuracy, last.train_accuracy
+        return (name, int(last.epoch), *accuracies, *interval, minutes)
+
+    rows = [row(REDRAWN[n][2], h, m["test_accuracy_ci95"], m["train_seconds"] / 60) for n, (h, m) in redrawn.items()]
+    log = published_log()
+    log = log[log.epoch <= max(history.epoch.max() for history, _ in redrawn.values())]
+    interval = wilson_interval(round(10_000 * log.test_accuracy.iloc[-1]), 10_000)
+    rows.append(row("published log, whole ResNet-50", log, interval, None))
+    columns = ("run", "epochs", "first_epoch", "test_accuracy", "train_accuracy", "low", "high", "minutes")
+    return pd.DataFrame(rows, columns=columns)
 
 
-def recorded_appraisal() -> dict:
-    """`robustness.appraise` of the shipped model, as it was measured once."""
+def recorded_robustness() -> dict:
+    """What `python -m tools.study robustness` measured once of the shipped model."""
     return json.loads((RECORDED / "shipped.json").read_text("utf-8"))

@@ -1,0 +1,160 @@
+"""Metrics: the known values, honest intervals, and nothing computed from what cannot be right."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cifar_ft import results
+from cifar_ft.results import ResultError
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    [(0, 10, 0.0, 0.27754), (10, 10, 0.72246, 1.0), (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605)],
+)
+def test_wilson_interval_gives_the_known_values(correct, total, low, high):
+    # without hits the upper end is z^2 / (n + z^2); 81/263, 15/148: table I of Newcombe, Stat. Med. 17 (1998)
+    assert results.wilson_interval(correct, total) == pytest.approx((low, high), abs=5.1e-5)
+
+
+@given(st.integers(1, 10**6).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.floats(0, 10))
+def test_wilson_interval_holds_the_fraction_and_stays_a_fraction(counts, z):
+    correct, total = counts
+    low, high = results.wilson_interval(correct, total, z)
+    assert 0 <= low <= correct / total <= high <= 1
+    assert results.wilson_interval(total - correct, total, z) == pytest.approx((1 - high, 1 - low), abs=1e-9)
+
+
+@pytest.mark.parametrize("counts", [(-1, 10), (11, 10), (0, 0), (0.9, 1), (math.nan, 10), ("9", 10)])
+def test_impossible_counts_are_refused_and_named(counts):
+    with pytest.raises(ResultError, match=f"correct=.*{counts[0]}"):
+        results.wilson_interval(*counts)
+
+
+def test_accuracy_is_printed_with_its_interval():
+    assert results.accuracy_text(912, 1000) == "91.2 % [89.3, 92.8]"
+    assert results.accuracy_text(9120, 10000) == "91.2 % [90.6, 91.7]"
+
+
+def test_difference_of_the_published_figures():
+    far = results.difference_test(0.9312, 0.8834, 10_000)  # headline against the last line of the log
+    assert far.z == pytest.approx(11.7, abs=0.05)
+    assert far.p < 1e-20
+    near = results.difference_test(0.9345, 0.9312, 10_000)  # batch 64 against batch 32
+    assert near.difference == pytest.approx(0.0033)
+    assert near.p > 0.3
+    assert results.difference_test(0.5, 0.5, 10).p == 1
+    assert results.difference_test(1, 1, 10).p == 1
+    half = 1.959964 * math.sqrt(0.5 / 1000) / 2
+    assert results.difference_test(0.5 + half, 0.5 - half, 1000).p == pytest.approx(0.05, abs=1e-4)
+    with pytest.raises(ResultError, match=r"93\.12"):
+        results.difference_test(93.12, 88.34, 10_000)  # per cent instead of fractions
+
+
+@pytest.fixture
+def scored():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 500)
+    logits = rng.normal(0, 1, (500, 10))
+    logits[np.arange(500), labels] += 2
+    return labels, torch.from_numpy(logits).softmax(1).numpy()
+
+
+def test_confusion_counts_each_image_in_the_row_of_its_true_class(scored):
+    labels, probabilities = scored
+    predictions = probabilities.argmax(1)
+    matrix = results.confusion(labels, predictions)
+    assert matrix.sum(axis=1).tolist() == np.bincount(labels, minlength=10).tolist()
+    assert matrix.sum(axis=0).tolist() == np.bincount(predictions, minlength=10).tolist()
+    assert results.confusion([0, 0, 1], [2, 2, 1])[0, 2] == 2
+
+
+def test_per_class_accuracy_reads_the_diagonal_and_leaves_absent_classes_open():
+    frame = results.per_class_accuracy([0, 0, 1], [0, 1, 1], ["a", "b", "c"])
+    assert frame["class"].tolist() == ["a", "b", "c"]
+    assert frame["n"].tolist() == [2, 1, 0]
+    assert frame["accuracy"].tolist()[:2] == [0.5, 1.0]
+    assert frame.loc[2, ["accuracy", "low", "high"]].isna().all()
+    assert (frame["low"][0], frame["high"][0]) == results.wilson_interval(1, 2)
+    assert results.per_class_accuracy([9], [9])["class"].iloc[-1] == "truck"
+
+
+@pytest.mark.parametrize("bins", [1, 10, 15])
+def test_calibration_error_is_that_of_torchmetrics_and_of_its_own_table(scored, bins):
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    labels, probabilities = scored
+    frame, ece = results.calibration(labels, probabilities, bins)
+    scores, targets = torch.from_numpy(probabilities), torch.from_numpy(labels)
+    expected = multiclass_calibration_error(scores, targets, num_classes=10, n_bins=bins)
+    assert ece == pytest.approx(expected.item(), abs=1e-6)
+    gaps = (frame["accuracy"] - frame["confidence"]).abs().fillna(0)
+    assert (gaps * frame["count"]).sum() / len(labels) == pytest.approx(ece, abs=1e-5)
+    full = frame[frame["count"] > 0]
+    assert full["confidence"].between(full["low_edge"], full["high_edge"]).all()
+    assert frame["count"].sum() == 500
+
+
+def test_certain_predictions_fall_into_the_last_bin():
+    probabilities = np.array([[1.0, 0.0], [1.0, 0.0], [0.05, 0.95]], dtype=np.float32)
+    frame, ece = results.calibration([0, 1, 1], probabilities, bins=10)
+    assert len(frame) == 10
+    assert frame["count"].tolist() == [0] * 9 + [3]
+    assert ece == pytest.approx(2.95 / 3 - 2 / 3, abs=1e-5)
+
+
+def test_mistakes_come_most_confident_first(scored):
+    labels, probabilities = scored
+    frame = results.most_confident_mistakes(labels, probabilities, k=5)
+    wrong = probabilities.argmax(1) != labels
+    assert len(frame) == 5
+    assert (frame["label"] != frame["prediction"]).all()
+    assert frame["probability"].tolist() == pytest.approx(sorted(probabilities.max(1)[wrong])[:-6:-1])
+    assert (labels[frame["index"]] == frame["label"]).all()
+    assert results.most_confident_mistakes([0], [[0.9, 0.1]]).empty
+
+
+def test_unusable_scores_are_refused_with_the_reason(scored):
+    labels, probabilities = scored
+    broken = probabilities.copy()
+    broken[7, 3] = np.nan
+    for function in (results.calibration, results.most_confident_mistakes):
+        with pytest.raises(ResultError, match="image 7 are not finite"):
+            function(labels, broken)
+        with pytest.raises(ResultError, match="499 labels for 500 images"):
+            function(labels[1:], probabilities)
+        with pytest.raises(ResultError, match="softmax"):
+            function(labels, np.log(probabilities))
+    with pytest.raises(ResultError, match="499 predictions for 500 images"):
+        results.confusion(labels, labels[1:])
+    with pytest.raises(ResultError, match="0 to 9"):
+        results.confusion([10], [0])
+    with pytest.raises(ResultError, match="float64"):
+        results.confusion([0.0], [0])
+
+
+def test_temperature_undoes_a_known_one():
+    generator = torch.Generator().manual_seed(1)
+    true = 2 * torch.randn(20_000, 10, generator=generator)
+    labels = torch.multinomial(true.softmax(1), 1, generator=generator).squeeze(1)
+    for temperature in (0.5, 1.0, 3.0):
+        assert results.fit_temperature(temperature * true, labels) == pytest.approx(temperature, rel=0.03)
+    with pytest.raises(results.ResultError):
+        results.fit_temperature(true[:5] * float("nan"), labels[:5])
+
+
+def test_temperature_of_a_perfect_model_stays_finite():
+    labels = torch.arange(10).repeat(5)
+    assert results.fit_temperature(5 * torch.eye(10)[labels], labels) >= 0.05
+
+
+def test_the_surest_are_answered_first():
+    probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.55, 0.45]])
+    found = results.selective_accuracy(np.array([0, 0, 1, 0]), probabilities)
+    assert found.coverage.tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert found.threshold.tolist() == pytest.approx([0.9, 0.8, 0.6, 0.55])
+    assert found.accuracy.tolist() == pytest.approx([1, 1, 2 / 3, 3 / 4])

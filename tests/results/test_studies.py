@@ -1,0 +1,77 @@
+"""Recorded studies say only what their seeds can tell, and stand beside the published log fairly."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from cifar_ft import results
+from cifar_ft.results import StudyError
+
+QUESTIONS = {"One?": {"base": "", "other": "lr=0.5"}, "Two?": {"base": "", "third": "flip=false"}}
+
+
+def rows(**accuracies):
+    changes = {"base": None, "other": "lr=0.5", "third": "flip=false"}
+    found = [
+        {"changes": changes[name], "seed": seed, "val_accuracy": value, "minutes": 1.0}
+        for name, values in accuracies.items()
+        for seed, value in enumerate(values)
+    ]
+    return pd.DataFrame(found)
+
+
+def test_a_difference_is_told_from_the_spread_of_seeds():
+    runs = rows(base=(0.80, 0.81, 0.82), other=(0.70, 0.71, 0.72), third=(0.80, 0.82, 0.84))
+    found = results.summarize(runs, QUESTIONS).set_index("variant")
+    assert list(found.index) == ["base", "other", "base", "third"]
+    other, third = found.loc["other"], found.loc["third"]
+    assert (other["mean"], other["std"], other.seeds) == (pytest.approx(0.71), pytest.approx(0.01), 3)
+    assert other.difference == pytest.approx(-0.10)
+    pooled = ((0.01**2 + 0.01**2 + 0.02**2) / 3) ** 0.5
+    assert other.standard_error == pytest.approx((2 * pooled**2 / 3) ** 0.5)  # three seeds may agree by chance
+    assert third.standard_error == pytest.approx(((pooled**2 + 0.02**2) / 3) ** 0.5)
+    assert other.distinguishable
+    assert not third.distinguishable
+    assert not found.loc["base"].distinguishable.any()
+
+
+def test_a_summary_needs_two_seeds_of_everything():
+    with pytest.raises(StudyError, match="flip=false"):
+        results.summarize(rows(base=(0.80, 0.81), other=(0.70, 0.71), third=(0.80,)), QUESTIONS)
+
+
+def test_the_variants_are_those_of_all_questions_each_once_and_the_base_first():
+    assert results.variants(QUESTIONS) == ["", "lr=0.5", "flip=false"]
+
+
+def test_redrawn_runs_stand_beside_the_published_log_after_as_many_epochs(tmp_path):
+    curves = {"reference_b64": [0.6, 0.8], "reference_b32": [0.5, 0.7], "something_else": [0.1, 0.1]}
+    for name, curve in curves.items():
+        (tmp_path / name).mkdir()
+        frame = pd.DataFrame({"epoch": [1, 2], "test_accuracy": curve, "test_loss": 0.5, "train_accuracy": 0.75})
+        frame.to_csv(tmp_path / name / "history.csv", index=False)
+        metrics = {"epochs": 2, "test_accuracy": curve[-1], "test_accuracy_ci95": [0.7, 0.9], "train_seconds": 600}
+        (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
+    table = results.redrawn_table(results.recorded_redrawn(tmp_path)).set_index("run")
+    first, second, published = table.to_dict("records")
+    assert table.index[0] == results.REDRAWN["reference_b32"][2]  # the published settings come first
+    assert (first["first_epoch"], first["test_accuracy"], first["minutes"]) == (0.5, 0.7, 10)
+    assert (second["test_accuracy"], second["low"], second["train_accuracy"]) == (0.8, 0.7, 0.75)
+    assert (published["epochs"], published["first_epoch"], published["test_accuracy"]) == (2, 0.696, 0.782)
+    assert published["low"] < 0.782 < published["high"]
+
+
+def test_what_was_recorded_is_whole():
+    assert list(results.recorded_redrawn()) == list(results.REDRAWN)
+    assert len(results.recorded_ablations()) == sum(map(len, results.ABLATIONS.values()))
+    robustness = results.recorded_robustness()
+    assert robustness["accuracy"] == pytest.approx(results.load_run(results.SHIPPED_RUN).accuracy, abs=0.001)
+    assert {"corruptions", "corrupted_clean", "without", "coverage"} <= set(robustness)
+
+
+@pytest.mark.parametrize("name", ["cpu", "quick"])
+def test_recorded_runs_are_read(name):
+    run = results.load_run(results.RECORDED / name)
+    assert run.recipe.name == name
+    assert run.metrics["test_accuracy"] == pytest.approx(run.accuracy)
