@@ -1,6 +1,7 @@
 """Damaged and odd picture files without end; run as a program, it reads some and tells how long and how large.
 
-`python tests/fuzz_pictures.py 600 SEED` prints JSON: cases, read, refused, slowest (seconds), memory_mb (above rest).
+`python tests/predictions/fuzz_pictures.py 600 SEED` prints JSON: cases, read, refused, slowest (seconds), memory_mb
+(above rest).
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
 
 
 def cases(n: int, seed: int) -> Iterator[bytes]:
-    """`n` files: most damaged, some whole, some noise behind a kind's first bytes."""
+    """`n` files: most damaged, some whole, some noise after a kind's first bytes."""
     rng = random.Random(seed)
     files = whole_files(rng)
     for i in range(n):
@@ -91,7 +92,7 @@ def cases(n: int, seed: int) -> Iterator[bytes]:
 
 def refusal(data: bytes) -> str | None:
     """Read a file as a prediction would; the error's text where it is refused."""
-    from cifar_ft.predictions import ImageError, squared
+    from cifar_ft.predictions.images import ImageError, squared
 
     try:
         assert squared(data).image.shape == (3, 32, 32)
