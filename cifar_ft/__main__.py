@@ -153,7 +153,7 @@ def app_(
 
 @app.command()
 def course(
-    recipe: Annotated[str, typer.Option(help="Name of the recipe.")] = "quick",
+    recipe: Annotated[str | None, typer.Option(help="Name of the recipe.  [default: quick]")] = None,
     parameters: Annotated[
         list[str], typer.Option("-p", metavar="NAME=VALUE", help="A notebook parameter; repeatable.")
     ] = (),
@@ -162,7 +162,8 @@ def course(
     """Run the six notebooks end to end and print what came out."""
     from cifar_ft.course import run_course
 
-    result = run_course(out, recipe, list(parameters), before=_fetch)
+    given = ([f"RECIPE={recipe}"] if recipe else []) + list(parameters)
+    result = run_course(out, given, before=_fetch)
     typer.echo("\n" + result.table())
 
 

@@ -59,6 +59,7 @@ def raising(error):
         (["train", "--resume"], ["--out"]),
         (["course", "-p", "SEEED=1"], ["SEEED", "did you mean 'SEED'"]),
         (["course", "-p", "SEED=one"], ["SEED", "wants int"]),
+        (["course", "--recipe", "quick", "-p", "RECIPE=smoke"], ["RECIPE is given twice"]),
         (["data", "--source", "ftp"], ["ftp", "npm"]),
         (["predict", "x.png", "--csv", "."], ["it is a folder", "choose another file"]),
         (["predict", "x.png", "--csv", "no/rows.csv"], ["there is no folder", "choose another file"]),
@@ -194,14 +195,14 @@ def test_course_fetches_what_the_notebooks_need_and_prints_the_table(run, tmp_pa
     monkeypatch.setattr(models, "resolve_backbone", lambda name: "resnet18")
     monkeypatch.setattr(models, "fetch_weights", lambda name: SimpleNamespace(name="V1", source="torchvision"))
 
-    def run_course(out, recipe, parameters, before):
-        before({"RECIPE": recipe, "OVERRIDES": "", "DATA_ROOT": "there"})
-        return course.CourseResult([(parameters[0], 2.0)], None, None, out)
+    def run_course(out, parameters, before):
+        before({"RECIPE": "smoke", "OVERRIDES": "", "DATA_ROOT": "there"})
+        return course.CourseResult([(" ".join(parameters), 2.0)], None, None, out)
 
     monkeypatch.setattr(course, "run_course", run_course)
     done = run("course", "--recipe", "smoke", "-p", "SEED=1", "--out", tmp_path)
     assert (done.returncode, fetched) == (0, ["there"])
-    assert "Weights: resnet18, V1, from torchvision\n\n\nSEED=1       2.0 s\n" in done.out
+    assert "Weights: resnet18, V1, from torchvision\n\n\nRECIPE=smoke SEED=1       2.0 s\n" in done.out
 
 
 def test_train_leaves_a_run_and_resume_finds_it_finished(run, tmp_path, monkeypatch, small_data):

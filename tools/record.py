@@ -43,7 +43,7 @@ def quick() -> None:
     """Run the course with `quick` on an idle machine; keep notebooks 01 to 04, the run and the report."""
     out = ROOT / "build" / "course"
     shutil.rmtree(out, ignore_errors=True)
-    run_course(out, "quick")
+    run_course(out, {"RECIPE": "quick"})
     keep_course(out)
 
 

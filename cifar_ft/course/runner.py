@@ -122,6 +122,8 @@ def check_parameters(given: Mapping[str, Any] | Sequence[str], declared: Mapping
         name = name.strip()
         if not equals or not name:
             raise ParameterError(f"{pair!r} is not of the form name=value, e.g. RECIPE=quick")
+        if name in values:
+            raise ParameterError(f"{name} is given twice, at last as {text!r}; give it once")
         kind = kinds.get(name, str)
         try:
             values[name] = BOOLEANS[text] if kind is bool else kind(text)
@@ -139,7 +141,6 @@ def check_parameters(given: Mapping[str, Any] | Sequence[str], declared: Mapping
 
 def run_course(
     out: str | Path | None = None,
-    recipe: str | None = None,
     parameters: Mapping[str, Any] | Sequence[str] | None = None,
     notebooks: str | Path | Sequence[str | Path] | None = None,
     before: Callable[[Mapping[str, Any]], object] | None = None,
@@ -150,8 +151,6 @@ def run_course(
     ----------
     out : path, optional
         New or empty folder for all that the run writes; default ``course-output/<recipe>-<time>``.
-    recipe : str, optional
-        The same as ``RECIPE`` among the parameters.
     parameters : mapping or sequence of ``name=value``, optional
         Each notebook gets those it declares. ``RUN_DIR`` defaults to ``<out>/run`` where one of them trains.
     notebooks : folder or sequence of paths, optional
@@ -169,9 +168,6 @@ def run_course(
     paths = find_notebooks(notebooks) if notebooks is None or isinstance(notebooks, (str, Path)) else notebooks
     declared = {path: read_parameters(path) for path in (Path(path).resolve() for path in paths)}
     given = check_parameters(parameters or (), declared)
-    if recipe is not None and given.setdefault("RECIPE", recipe) != recipe:
-        raise ParameterError(f"recipe {recipe} and RECIPE={given['RECIPE']} contradict each other; give one")
-    given = check_parameters(given, declared)  # with RECIPE
     defaults = {name: default for found in declared.values() for name, (default, _) in found.items()}
     chosen = {**defaults, **given}
     if "RECIPE" in chosen:

@@ -114,9 +114,8 @@ def test_any_text_is_either_of_the_declared_type_or_refused(declared, text):
         ({"parameters": {"FLIP": 1}}, "wants bool"),
         ({"parameters": {"RUN_DIR": 5}}, "wants str"),
         ({"parameters": {"TYPO": 1}}, "unknown parameter 'TYPO'"),
-        ({"recipe": "quik"}, "quick"),
         ({"parameters": ["RECIPE=quik"]}, "quick"),
-        ({"recipe": "quick", "parameters": ["RECIPE=smoke"]}, "contradict"),
+        ({"parameters": ["RECIPE=quick", "RECIPE=smoke"]}, "RECIPE is given twice, at last as 'smoke'"),
         ({"parameters": {"OVERRIDES": "epoch=1"}}, "epochs"),
         ({"out": "thesis"}, "not an empty folder"),
     ],
@@ -130,12 +129,6 @@ def test_a_wrong_argument_is_refused_before_anything_runs(tmp_path, monkeypatch,
         course.run_course(**{"out": "out", "notebooks": "n", **arguments})
     assert caught.value.wrong_argument
     assert {path.name for path in tmp_path.rglob("*")} == {"n", "a.ipynb", "thesis", "mine.txt"}
-
-
-def test_a_recipe_for_notebooks_that_know_none_is_refused(tmp_path):
-    write(tmp_path / "n", "a", parameters="SEED: int = 0")
-    with pytest.raises(course.ParameterError, match="unknown parameter 'RECIPE'"):
-        course.run_course(tmp_path / "out", recipe="quick", notebooks=tmp_path / "n")
 
 
 def test_a_folder_without_notebooks_is_named(tmp_path):
@@ -183,8 +176,8 @@ def finished(tmp_path_factory):
     fetched = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
-        arguments = {"recipe": "quick", "parameters": {"EPOCHS": 3}, "notebooks": folder / "n"}
-        result = course.run_course(folder / "out", **arguments, before=fetched.append)
+        given = {"RECIPE": "quick", "EPOCHS": 3}
+        result = course.run_course(folder / "out", given, folder / "n", before=fetched.append)
     return folder, result, fetched
 
 
