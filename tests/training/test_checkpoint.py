@@ -72,7 +72,7 @@ def test_with_every_checkpoint_damaged_the_run_starts_again_to_the_same_end(
 
 
 def test_a_folder_in_use_by_another_process_is_refused(small_data, tmp_path):
-    code = "import sys, filelock as f; lock = f.FileLock(sys.argv[1]); lock.acquire(); print('locked', flush=1); input()"
+    code = "import sys, filelock as f; (lock := f.FileLock(sys.argv[1])).acquire(); print('locked', flush=1), input()"
     path, pipes = tmp_path / "run", {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     path.mkdir()
     with subprocess.Popen([sys.executable, "-c", code, str(path / ".lock")], **pipes) as other:
