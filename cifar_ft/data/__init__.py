@@ -8,19 +8,16 @@ from cifar_ft.data.cifar10 import (
     load_cifar10,
     load_samples,
     pixel_statistics,
-    split_indices,
-    to_device,
 )
 from cifar_ft.data.downloads import SourceError, download, hub_url, npm_pack
 from cifar_ft.data.loader import Batch, TrainLoader
-from cifar_ft.data.sources import RawCifar10, fetch_cifar10
+from cifar_ft.data.sources import fetch_cifar10
 
 __all__ = [
     "CLASSES",
     "Batch",
     "Cifar10",
     "DataError",
-    "RawCifar10",
     "SourceError",
     "Split",
     "TrainLoader",
@@ -31,6 +28,4 @@ __all__ = [
     "load_samples",
     "npm_pack",
     "pixel_statistics",
-    "split_indices",
-    "to_device",
 ]

