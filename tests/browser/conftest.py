@@ -19,9 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from driving import ROOT, SCREENSHOTS
 from finding import launch, missing
+from PIL import Image
+
+from cifar_ft.files import ASSETS
 
 
 @pytest.fixture(scope="session")
@@ -174,12 +178,11 @@ def lab(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def pictures(samples, tmp_path_factory) -> dict[str, Path]:
+def pictures(tmp_path_factory) -> dict[str, Path]:
     """Files to upload."""
-    from PIL import Image
-
     folder = tmp_path_factory.mktemp("pictures")
-    truck = Image.fromarray(samples.images[(samples.labels == 9).nonzero()[3].item()].permute(1, 2, 0).numpy())
+    with np.load(ASSETS / "samples.npz") as samples:
+        truck = Image.fromarray(samples["images"][samples["labels"] == 9][3])
     files = {name: folder / name for name in ("truck.png", "wide.jpg", "clear.png", "notes.png", "large.png")}
     truck.save(files["truck.png"])
     wide = Image.new("RGB", (480, 320), (120, 150, 180))
