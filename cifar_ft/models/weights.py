@@ -10,7 +10,6 @@ import functools
 import os
 import pickle
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,35 +126,18 @@ def _auto() -> tuple[str, str]:
 def from_torchvision(backbone: str, fetch: bool) -> Weights | None:
     """Kept where torch hub keeps it. V1: V2's are unstable at low resolution (pytorch/vision#8382)."""
     entry = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
-    path = Path(torch.hub.get_dir(), "checkpoints", entry.url.rsplit("/", 1)[1])
-
-    def bring() -> Path:
-        return download(entry.url, path, f"sha256:{_promised(path)}", label=path.name)
-
-    if not (found := _stored(path.parent, path.name, bring if fetch else None)):
-        return None
-    return Weights(read_weights_file(found[0]), "IMAGENET1K_V1", f"torchvision {entry}", found[1], RESNET_LICENCE)
+    found = _cached(Path(torch.hub.get_dir(), "checkpoints"), entry.url.rsplit("/", 1)[1], entry.url, fetch)
+    return found and Weights(found[0], "IMAGENET1K_V1", f"torchvision {entry}", found[1], RESNET_LICENCE)
 
 
 def from_hub(backbone: str, fetch: bool) -> Weights | None:
     """timm's copy on the Hugging Face hub."""
-    folder, name = data_root() / "weights", HUB_NAMES[backbone]
-
-    def bring() -> Path:
-        path = download(hub_url(f"timm/{name}", "model.safetensors"), folder / f"{name}.safetensors", label=name)
-        try:
-            read_weights_file(path)  # before its name vouches for it
-        except SourceError:
-            path.unlink()
-            raise
-        return path.replace(folder / f"{name}-{file_digest(path)[:16]}.safetensors")
-
-    if not (found := _stored(folder, f"{name}-*.safetensors", bring if fetch else None)):
-        return None
-    state, source = read_weights_file(found[0]), f"Hugging Face hub timm/{name}"
-    if backbone == "efficientnet_lite0":
-        return Weights(for_imagenet_normalization(state), name, source, found[1], LITE0_LICENCE)
-    return Weights(state, "IMAGENET1K_V1", source, found[1], RESNET_LICENCE)
+    name = HUB_NAMES[backbone]
+    url, source = hub_url(f"timm/{name}", "model.safetensors"), f"Hugging Face hub timm/{name}"
+    found = _cached(data_root() / "weights", f"{name}-*.safetensors", url, fetch)
+    if found and backbone == "efficientnet_lite0":
+        return Weights(for_imagenet_normalization(found[0]), name, source, found[1], LITE0_LICENCE)
+    return found and Weights(found[0], "IMAGENET1K_V1", source, found[1], RESNET_LICENCE)
 
 
 def from_package(backbone: str, fetch: bool) -> Weights | None:
@@ -184,31 +166,35 @@ SOURCES = {  # of each backbone, in the order in which they are asked
 }
 
 
-def _stored(folder: Path, pattern: str, bring: Callable[[], Path] | None) -> tuple[Path, str] | None:
-    """The file of this pattern that is what its name promises, and its SHA-256.
+def _cached(folder: Path, name: str, url: str, fetch: bool) -> tuple[dict[str, Tensor], str] | None:
+    """State dict and SHA-256 of the file `name`; where it is not here, it is fetched, by one process, or None.
 
-    Where there is none yet it is brought, if `bring` is given: by one process, while others wait for it.
+    Torch hub's rule: a name ends with the beginning of its file's SHA-256, here with "*" if that is not known before.
     """
-    name = pattern.partition("-*")[0]
-    with locked(folder / f".{name}.lock", name) if bring else contextlib.nullcontext():
-        for path in sorted(folder.glob(pattern)):
-            sha256 = file_digest(path)
-            if sha256.startswith(_promised(path)):
-                return path, sha256
-            if not bring:
-                log.info(
-                    f"cached file {show_path(path)} is damaged "
-                    f"(SHA-256 {sha256[:8]}... is not {_promised(path)[:8]}...): fetching it again"
-                )
-        if not bring:
+    label = name.partition("-*")[0]
+    with locked(folder / f".{label}.lock", label) if fetch else contextlib.nullcontext():
+        for path in sorted(folder.glob(name)):
+            sha256, promised = file_digest(path), _digest_in(path.name)
+            if sha256.startswith(promised):
+                return read_weights_file(path), sha256
+            if not fetch:
+                wrong = f"SHA-256 {sha256[:8]}... is not {promised[:8]}..."
+                log.info(f"cached file {show_path(path)} is damaged ({wrong}): fetching it again")
+        if not fetch:
             return None
-        path = bring()
-        return path, file_digest(path)
+        digest = f"sha256:{_digest_in(name)}" if label == name else ""
+        path = download(url, folder / name.replace("-*", ""), digest, label)
+        try:
+            state, sha256 = read_weights_file(path), file_digest(path)
+        except SourceError:  # not weights, whatever the server says
+            path.unlink()
+            raise
+        path.replace(folder / name.replace("*", sha256[:16]))
+        return state, sha256
 
 
-def _promised(path: Path) -> str:
-    """The beginning of a file's SHA-256, with which its name ends: torch hub's rule."""
-    return path.stem.rpartition("-")[2]
+def _digest_in(name: str) -> str:
+    return Path(name).stem.rpartition("-")[2]
 
 
 def for_imagenet_normalization(state: dict[str, Tensor]) -> dict[str, Tensor]:
