@@ -6,6 +6,7 @@ Nothing here knows a model; whatever is not a picture is refused in one clear li
 from __future__ import annotations
 
 import io
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from cifar_ft import CifarFtError
-from cifar_ft.files import one_line, show_path
+from cifar_ft.files import ASSETS, one_line, show_path
 
 SIZE = 32  # pixels: the width of the pictures that the models were trained on
 MAX_PIXELS = 50_000_000
@@ -39,47 +40,8 @@ OTHER_SUFFIXES = (
     ".heic", ".heif", ".ico", ".tga", ".psd", ".svg", ".jxl", ".eps", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw",
 )  # fmt: skip
 
-# Everything said about pictures, by its code; other languages translate these sentences.
-MESSAGES = {
-    # what was done (Note)
-    "first_frame": "the first of several frames",
-    "one_frame": "frame {frame} of several",
-    "turned_upright": "turned upright as its EXIF data say",
-    "halved": "every second pixel left out, as it is very large",
-    "taken_as_8_bits": "brightness taken as 8 bits",
-    "scaled_to_8_bits": "brightness scaled to 8 bits",
-    "transparent_on_white": "transparent parts shown on white",
-    "cmyk_converted": "printing colours (CMYK) converted",
-    "cropped": "the middle {side} x {side} of {width} x {height} pixels",
-    "padded": "all of {width} x {height} pixels, with black bars",
-    # why it is refused (ImageError)
-    "empty": "empty, 0 bytes; choose a picture file",
-    "not_a_picture": "not a picture that can be read here; use PNG, JPEG, GIF, WebP, BMP or TIFF",
-    "damaged": "damaged, incomplete or of an unknown kind ({reason}); get it again",
-    "no_pixels": "{width} x {height} pixels is not a picture; each side must have at least 1",
-    "too_large": "too large: {width:,} x {height:,} pixels; at most {allowed:,} are allowed",
-    "far_too_large": "too large; at most {allowed:,} pixels are allowed, make it smaller",
-    "too_large_jpeg2000": "too large for JPEG 2000: {width:,} x {height:,} pixels; at most {allowed:,} are allowed, "
-    "save it as PNG",
-    "tile_too_large": "a tile of {width:,} x {height:,} pixels is too large; at most {allowed:,} are allowed",
-    "too_many_scans": "{scans:,} scans would take too long; at most {allowed} are allowed, save it anew",
-    "missing": "there is no file {path}",
-    "folder": "{path} is a folder; give a picture, or the folder to predict_paths",
-    "not_a_file": "{path} is not a regular file; choose a picture file",
-    "address": "{path} is an address; download the picture and give its path",
-    "opened_as_text": 'the picture is opened as text; open it with mode "rb"',
-    "wrong_type": "cannot read {kind} as a picture; give a path, bytes, a file object, a PIL image or an array",
-    "wrong_shape": "shape {shape} is not a picture; give {wanted}, with 1, 3 or 4 channels",
-    "empty_shape": "shape {shape} has no pixels; each side must have at least 1",
-    "wrong_dtype": "pixels of type {dtype}; use uint8 (0 to 255), uint16 (0 to 65,535) or floats from 0 to 1",
-    "not_finite": "some pixels are NaN or infinite; use finite values from 0 to 1",
-    "below_0": "float pixels must be from 0 to 1; these run from {low:.4g} to {high:.4g}, undo a normalisation with "
-    "transforms.denormalize",
-    "above_1": "float pixels must be from 0 to 1; these run from {low:.4g} to {high:.4g}, divide by 255 or give uint8",
-    "unknown_fit": "unknown fit {fit!r}; choose crop or pad",
-    "unreadable_folder": "this folder cannot be read: {reason}",
-    "no_pictures": "there are no pictures in this folder; looked for {endings}",
-}
+# Everything said about pictures, by its code; `widget.texts` has the same sentences in other languages.
+MESSAGES = json.loads((ASSETS / "texts_en.json").read_text(encoding="utf-8"))["pictures"]
 
 
 class Note:

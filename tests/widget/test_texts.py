@@ -5,9 +5,10 @@ from string import Formatter
 import pytest
 from widget_messages import Told
 
+from cifar_ft.data import CLASSES
 from cifar_ft.predictions import MESSAGES, ImageError, Note, PredictionError
 from cifar_ft.widget import prediction_widget
-from cifar_ft.widget.texts import FRENCH, LABELS, TEXTS, LanguageError, WidgetError, explained, percent, text
+from cifar_ft.widget.texts import LABELS, TEXTS, LanguageError, WidgetError, explained, percent, text
 
 
 def gaps(sentence):
@@ -16,10 +17,13 @@ def gaps(sentence):
 
 
 def test_the_languages_have_the_same_texts_and_gaps():
-    assert FRENCH.keys() == MESSAGES.keys()  # what is said about pictures, by its code
-    pairs = {**TEXTS, **{code: (MESSAGES[code], FRENCH[code]) for code in MESSAGES}}
-    assert [key for key, (english, french) in pairs.items() if gaps(english) != gaps(french)] == []
-    assert [english for english, french in pairs.values() if english == french] == []
+    english, french = TEXTS["en"], TEXTS["fr"]
+    assert english["pictures"] == MESSAGES
+    assert LABELS["en"] == CLASSES
+    for part in ("pictures", "widget"):
+        assert english[part].keys() == french[part].keys()
+        pairs = [(english[part][key], french[part][key]) for key in english[part]]
+        assert [pair for pair in pairs if gaps(pair[0]) != gaps(pair[1]) or pair[0] == pair[1]] == []
     assert [len(set(labels)) for labels in LABELS.values()] == [10, 10]
 
 
