@@ -12,16 +12,3 @@ from cifar_ft.course.runner import (
     read_parameters,
     run_course,
 )
-
-__all__ = [
-    "NOTEBOOKS",
-    "WIDGET_VIEW",
-    "CourseError",
-    "CourseResult",
-    "ParameterError",
-    "checks",
-    "drop_widgets",
-    "find_notebooks",
-    "read_parameters",
-    "run_course",
-]

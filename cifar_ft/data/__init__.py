@@ -12,20 +12,3 @@ from cifar_ft.data.cifar10 import (
 from cifar_ft.data.downloads import SourceError, download, hub_url, npm_pack
 from cifar_ft.data.loader import Batch, TrainLoader
 from cifar_ft.data.sources import fetch_cifar10
-
-__all__ = [
-    "CLASSES",
-    "Batch",
-    "Cifar10",
-    "DataError",
-    "SourceError",
-    "Split",
-    "TrainLoader",
-    "download",
-    "fetch_cifar10",
-    "hub_url",
-    "load_cifar10",
-    "load_samples",
-    "npm_pack",
-    "pixel_statistics",
-]

@@ -14,27 +14,3 @@ from cifar_ft.models.surgery import (
     summarize,
 )
 from cifar_ft.models.weights import fetch_weights, resolve_backbone
-
-__all__ = [
-    "BACKBONES",
-    "EvaluationError",
-    "SurgeryError",
-    "build_model",
-    "compare",
-    "create_backbone",
-    "cut",
-    "evaluating",
-    "features",
-    "fetch_weights",
-    "freeze",
-    "head",
-    "is_frozen_batchnorm",
-    "predict_logits",
-    "refresh_batchnorm",
-    "replace_head",
-    "replace_stem",
-    "resample_kernel",
-    "resolve_backbone",
-    "stages",
-    "summarize",
-]

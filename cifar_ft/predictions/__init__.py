@@ -15,33 +15,3 @@ from cifar_ft.predictions.images import (
 )
 from cifar_ft.predictions.onnx import ExportError, export_checked, export_onnx
 from cifar_ft.predictions.predictor import SHIPPED, Prediction, PredictionError, Predictor
-
-__all__ = [
-    "MESSAGES",
-    "PARTIAL",
-    "SHIPPED",
-    "SUFFIXES",
-    "ExplanationError",
-    "ExportError",
-    "FeatureBank",
-    "ImageError",
-    "Note",
-    "Picture",
-    "Prediction",
-    "PredictionError",
-    "Predictor",
-    "checked_fit",
-    "count_files",
-    "export_checked",
-    "export_onnx",
-    "grad_cam",
-    "is_device",
-    "overlay",
-    "predict_paths",
-    "read_image",
-    "read_picture",
-    "sensitivity",
-    "square",
-    "variants",
-    "write_csv",
-]

@@ -10,25 +10,3 @@ from cifar_ft.training.loop import train_epoch
 from cifar_ft.training.optim import lr_factor, make_optimizer, move_average, set_lr
 from cifar_ft.training.probe import fit_head
 from cifar_ft.training.run_files import new_run_dir, peak_memory_mb, stored_recipe
-
-__all__ = [
-    "Plan",
-    "RunDirectory",
-    "TrainingError",
-    "choose_plan",
-    "fit",
-    "fit_head",
-    "hardware",
-    "keep_memory",
-    "lr_factor",
-    "make_optimizer",
-    "move_average",
-    "new_run_dir",
-    "peak_memory_mb",
-    "set_lr",
-    "speed_up",
-    "start_processes",
-    "stored_recipe",
-    "train_epoch",
-    "usable_cpus",
-]

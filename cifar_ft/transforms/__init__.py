@@ -3,20 +3,3 @@
 from cifar_ft.transforms.augmentation import TrainTransform, cut_out, draw, random_crop, random_flip, train_transform
 from cifar_ft.transforms.corruptions import CORRUPTIONS, blur, brightness
 from cifar_ft.transforms.normalization import NORMALIZATIONS, denormalize, eval_transform, normalize, resize
-
-__all__ = [
-    "CORRUPTIONS",
-    "NORMALIZATIONS",
-    "TrainTransform",
-    "blur",
-    "brightness",
-    "cut_out",
-    "denormalize",
-    "draw",
-    "eval_transform",
-    "normalize",
-    "random_crop",
-    "random_flip",
-    "resize",
-    "train_transform",
-]
