@@ -7,7 +7,6 @@ from statistics import median
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cifar_ft.plots import GREY, HATCHES, MARKERS, PALETTE, new_figure
@@ -37,15 +36,15 @@ def comparison_chart(runs: Sequence[Mapping]) -> Figure:
         speed = median(run["images_per_second"] for run in mine)
         left.barh(label, speed, color=PALETTE[place], hatch=HATCHES[place], edgecolor="white")
         left.text(speed, place, f" {speed:.0f}", va="center")
-        best, style = max(mine, key=lambda run: run["val_accuracy"]), {"color": PALETTE[place], "s": 70}
-        style["marker"] = MARKERS[place]
-        _dot(right, mine[0], **style, facecolor="white")
-        _dot(right, best, **style, label=label)
-        for longer in (run for run in runs if run["name"] == name and run["epochs"] > work):
-            _dot(right, longer, **style)
-            place_text = (longer["train_seconds"], 100 * longer["test_accuracy"])
-            offset = {"xytext": (-8, -4), "textcoords": "offset points", "ha": "right"}
-            right.annotate(f"{longer['epochs']} epochs", place_text, **offset)
+        best = max(mine, key=lambda run: run["val_accuracy"])
+        longer = [run for run in runs if run["name"] == name and run["epochs"] > work]
+        for run, face in ((mine[0], "white"), (best, PALETTE[place]), *((run, PALETTE[place]) for run in longer)):
+            seconds, accuracy = run["train_seconds"], 100 * run["test_accuracy"]
+            style = {"s": 70, "marker": MARKERS[place], "edgecolor": PALETTE[place], "facecolor": face}
+            right.scatter(seconds, accuracy, label=label if run is best and face != "white" else None, **style)
+            if run in longer:
+                offset = {"xytext": (-8, -4), "textcoords": "offset points", "ha": "right"}
+                right.annotate(f"{run['epochs']} epochs", (seconds, accuracy), **offset)
     left.invert_yaxis()
     left.margins(x=0.18)
     left.set(xlabel="images per second in training")
@@ -56,12 +55,6 @@ def comparison_chart(runs: Sequence[Mapping]) -> Figure:
         title="open: default learning rate\nfilled: the best of three", fontsize="small", title_fontsize="small"
     )
     return fig
-
-
-def _dot(axes: Axes, run: Mapping, color: str, facecolor: str | None = None, **style) -> None:
-    axes.scatter(
-        run["train_seconds"], 100 * run["test_accuracy"], edgecolor=color, facecolor=facecolor or color, **style
-    )
 
 
 def growth_chart(found: Mapping) -> Figure:

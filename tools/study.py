@@ -55,12 +55,8 @@ def try_(
 ) -> None:
     """Train a recipe, score it on validation alone, and add a row to the search log."""
     checked = get_recipe(recipe, list(overrides))  # a mistake is told before the data is loaded
-    row = {
-        "recipe": recipe,
-        "changes": " ".join(overrides),
-        "seed": checked.seed,
-        **try_recipe(checked, load_cifar10()),
-    }
+    changes = " ".join(overrides).replace(checked.weights, Path(checked.weights).name)  # no folder of this machine
+    row = {"recipe": recipe, "changes": changes, "seed": checked.seed, **try_recipe(checked, load_cifar10())}
     append_row(out, row | {"note": note, "hardware": training.hardware()})
     typer.echo(f"validation {row['val_accuracy']:.2%} in {row['minutes']:.1f} min; added to {out}")
 
@@ -202,13 +198,11 @@ def redraw(name: str, data: Cifar10, out: Path, *, weights: str | Path, epochs: 
     return run
 
 
-def measure(predictor: Predictor, test: Split, corrupted_images: int = 2000) -> dict:
-    """What plain accuracy does not say of a calibrated model.
+def measure_shipped(out: Path, test: Split, corrupted_images: int = 2000) -> dict:
+    """Measure what plain accuracy does not say of the shipped model, write it to `out`, and compare with its run.
 
     Parameters
     ----------
-    predictor : Predictor
-        With a `calibration`; its temperature and threshold come from validation, not from these images.
     test : Split
         The 10,000 test images in the official order.
     corrupted_images : int
@@ -217,48 +211,40 @@ def measure(predictor: Predictor, test: Split, corrupted_images: int = 2000) -> 
     Returns
     -------
     dict
-        JSON-ready: model, accuracy, ci95, temperature, ece_before, ece_after, false_alarms (share of test images
-        called unknown), without (see `results.accuracy_without`), corruptions (rows), their number of images and clean
-        accuracy, and coverage (rows).
-    """
-    transform, sample = eval_transform(predictor.recipe), test.subset(min(corrupted_images, len(test)))
-
-    def logits_of(images: Tensor, split: Split = sample) -> Tensor:
-        return predict_logits(predictor.model, replace(split, images=images), transform)
-
-    logits, temperature = logits_of(test.images, test), predictor.calibration["temperature"]
-    labels, correct = test.labels.numpy(), (logits.argmax(1) == test.labels).numpy()
-    log.info(f"clean: {results.accuracy_text(int(correct.sum()), len(correct))}")
-    calibrated = (logits / temperature).softmax(1).numpy()
-    corrupted = results.corrupted_accuracy(logits_of, sample.images, sample.labels)
-    coverage = results.selective_accuracy(labels, calibrated)
-    drawn = [round(share * len(coverage)) - 1 for share in np.arange(0.2, 1.001, 0.02)]
-    return {
-        "model": predictor.source,
-        "accuracy": float(correct.mean()),
-        "ci95": results.wilson_interval(int(correct.sum()), len(correct)),
-        "temperature": temperature,
-        "ece_before": results.calibration(labels, logits.softmax(1).numpy())[1],
-        "ece_after": results.calibration(labels, calibrated)[1],
-        "false_alarms": float((results.energy(logits) < predictor.calibration["lowest_energy"]).mean()),
-        "without": results.accuracy_without(results.test_issues(), correct, test.indices.numpy()),
-        "corrupted_images": len(sample),
-        "corrupted_clean": float(correct[np.isin(test.indices, sample.indices)].mean()),
-        "corruptions": corrupted.to_dict("records"),
-        "coverage": coverage.iloc[drawn].to_dict("records"),
-    }
-
-
-def measure_shipped(out: Path, test: Split) -> dict:
-    """Measure the shipped model, write that to `out`, and compare with its run.
+        JSON-ready: model, accuracy, ci95, temperature (fitted on validation), ece_before, ece_after, false_alarms
+        (share of test images called unknown), without (see `results.accuracy_without`), corruptions (rows), their
+        number of images and clean accuracy, and coverage (rows).
 
     Raises
     ------
     PredictionError
         When its accuracy is more than 0.05 points off that of its run.
     """
-    found = measure(Predictor.shipped(), test)
-    recorded = results.load_run(results.SHIPPED_RUN).accuracy
+    predictor, recorded = Predictor.shipped(), results.load_run(results.SHIPPED_RUN).accuracy
+    transform, sample = eval_transform(predictor.recipe), test.subset(min(corrupted_images, len(test)))
+
+    def logits_of(images: Tensor, split: Split = sample) -> Tensor:
+        return predict_logits(predictor.model, replace(split, images=images), transform)
+
+    logits, temperature = logits_of(test.images, test), predictor.calibration["temperature"]
+    labels, right = test.labels.numpy(), (logits.argmax(1) == test.labels).numpy()
+    calibrated = (logits / temperature).softmax(1).numpy()
+    coverage = results.selective_accuracy(labels, calibrated)
+    drawn = [round(share * len(coverage)) - 1 for share in np.arange(0.2, 1.001, 0.02)]
+    found = {
+        "model": predictor.source,
+        "accuracy": float(right.mean()),
+        "ci95": results.wilson_interval(int(right.sum()), len(right)),
+        "temperature": temperature,
+        "ece_before": results.calibration(labels, logits.softmax(1).numpy())[1],
+        "ece_after": results.calibration(labels, calibrated)[1],
+        "false_alarms": float((results.energy(logits) < predictor.calibration["lowest_energy"]).mean()),
+        "without": results.accuracy_without(results.test_issues(), right, test.indices.numpy()),
+        "corrupted_images": len(sample),
+        "corrupted_clean": float(right[np.isin(test.indices, sample.indices)].mean()),
+        "corruptions": results.corrupted_accuracy(logits_of, sample.images, sample.labels).to_dict("records"),
+        "coverage": coverage.iloc[drawn].to_dict("records"),
+    }
     write_atomic(out, (json.dumps(found, indent=1) + "\n").encode())
     off = abs(found["accuracy"] - recorded)
     log.info(

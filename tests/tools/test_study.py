@@ -64,6 +64,11 @@ def test_a_try_is_scored_on_validation_and_logged(small_data, tmp_path, monkeypa
     with pytest.raises(StudyError, match="columns"):
         append_row(file, {"other": 1})
     assert read_rows(file) == rows
+    monkeypatch.setattr(study, "try_recipe", lambda recipe, data: {"val_accuracy": 0.5, "minutes": 0.1})
+    done = CliRunner().invoke(
+        study.app, ["try", "--set", "weights=/home/ada/r50.pth", "--out", str(tmp_path / "b.csv")]
+    )
+    assert [row["changes"] for row in read_rows(tmp_path / "b.csv")] == ["weights=r50.pth"], done.exception
 
 
 def test_ablations_resume_where_they_were_stopped(small_data, tmp_path, monkeypatch):
