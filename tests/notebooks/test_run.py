@@ -27,6 +27,7 @@ BROKEN = Path(__file__).resolve().parent / "broken"
 SAME_EVERYWHERE = {"PYTHONPATH": str(ROOT), "CIFAR_FT_BACKBONE": "efficientnet_lite0"}  # "auto" asks the network
 UNCOMPARED = {"data", "metadata", "name", "output_type", "execution_count", "image/png", "image/jpeg"}
 RANDOM = re.compile(r"0x[0-9a-f]{6,}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)  # addresses, UUIDs
+OVERWRITTEN = re.compile(r".*\r(?=[^\n])")  # by what follows on the same line: progress bars
 pytestmark = [pytest.mark.notebook, pytest.mark.timeout(900)]
 
 
@@ -46,7 +47,8 @@ def shown(cell) -> dict[str, list[str]]:
         for key, value in {**output, **output.get("data", {})}.items():
             if key not in UNCOMPARED | {course.WIDGET_VIEW}:
                 found[key].append(RANDOM.sub("", "".join(value)).rstrip())
-    return {**{name: [RANDOM.sub("", text).rstrip()] for name, text in streams.items()}, **found}
+    printed = {name: OVERWRITTEN.sub("", text) for name, text in streams.items()}
+    return {**{name: [RANDOM.sub("", text).rstrip()] for name, text in printed.items()}, **found}
 
 
 def differences(committed, executed) -> list[tuple[dict, dict]]:
@@ -104,7 +106,7 @@ def test_the_comparison_turns_red_on_a_wrong_committed_output():
     committed = nbformat.read(BROKEN / "wrong_output.ipynb", 4)
     executed = deepcopy(committed)
     assert differences(committed, executed) == []
-    rules.tagged(executed, "nbval-check-output")[0].outputs[0].text = "ten classes\n"
+    rules.tagged(executed, "nbval-check-output")[0].outputs[0].text = "\r 1/2\r    \rten classes\n"
     assert differences(committed, executed) == [({"stdout": ["eleven classes"]}, {"stdout": ["ten classes"]})]
     rules.tagged(executed, "nbval-check-output")[0].outputs = []
     assert differences(committed, executed) == [({"stdout": ["eleven classes"]}, {})]
