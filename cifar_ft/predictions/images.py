@@ -72,8 +72,8 @@ class ImageError(CifarFtError, ValueError):
         self.code, self.about, self.values = code, about, values
 
     def __str__(self) -> str:
-        sentence = one_line(MESSAGES[self.code].format(**self.values))
-        return f"{self.about}: {sentence}" if self.about else sentence
+        sentence = MESSAGES[self.code].format(**self.values)
+        return one_line(f"{self.about}: {sentence}" if self.about else sentence)
 
 
 class Picture(NamedTuple):
@@ -148,7 +148,7 @@ def _located(source) -> tuple[str, object]:
 def _located_file(path: str) -> tuple[str, str]:
     if "://" in path:
         raise ImageError("address", path=path)
-    shown = one_line(show_path(path)) if path else "''"
+    shown = show_path(path) if path else "''"
     if os.path.isdir(path):
         raise ImageError("folder", path=shown)
     if not os.path.isfile(path):
