@@ -9,7 +9,6 @@ import base64
 import html
 import io
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,22 +23,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from cifar_ft.files import write_atomic
+
 PALETTE = ("#0173b2", "#d55e00", "#029e73", "#cc78bc", "#949494")  # colour-blind safe, contrast >= 3:1
 GREY, RIGHT, WRONG = "#767676", "#00704f", "#b34700"  # text colours, contrast >= 4.5:1
 MARKERS, HATCHES = ("o", "s", "D", "^", "v"), ("", "//", "..", "xx", "\\\\")
-FULL, HALF = (8.0, 4.0), (4.4, 3.5)  # inches
+FULL, WIDE = (8.0, 4.0), (10.0, 4.6)  # inches
 DPI, GAP, HEAVY = 120, 6, 120_000  # dots an inch, dots between pictures, bytes
-
-
-def use_style() -> None:
-    """Set the course's seaborn theme; every function here does so itself."""
-    rc = {"axes.edgecolor": GREY, "lines.linewidth": 2}
-    sns.set_theme("notebook", "whitegrid", PALETTE, "DejaVu Sans", font_scale=1.1, rc=rc)
 
 
 def new_figure(size: tuple[float, float], rows: int = 1, cols: int = 1, **grid: Any) -> tuple[Figure, Any]:
     """A figure of `size` inches in the course's look, with `rows` x `cols` axes (none where `rows` is 0)."""
-    use_style()
+    rc = {"axes.edgecolor": GREY, "lines.linewidth": 2}
+    sns.set_theme("notebook", "whitegrid", PALETTE, "DejaVu Sans", font_scale=1.1, rc=rc)
     fig = Figure(figsize=size, layout="constrained" if rows else None)
     FigureCanvasAgg(fig)
     return fig, fig.subplots(rows, cols, **grid) if rows else None
@@ -47,33 +43,20 @@ def new_figure(size: tuple[float, float], rows: int = 1, cols: int = 1, **grid: 
 
 def _png(fig: Figure) -> bytes:
     """PNG in 256 colours where nobody sees it, or where true colours would make a notebook heavy."""
-    raw = io.BytesIO()
-    fig.savefig(raw, format="png", dpi=min(DPI, 1000 / fig.get_size_inches()[0]), facecolor="white")
+    fig.savefig(raw := io.BytesIO(), format="png", dpi=min(DPI, 1000 / fig.get_size_inches()[0]), facecolor="white")
     true = Image.open(raw).convert("RGB")
     few = true.quantize(256, kmeans=2, dither=Image.Dither.NONE)
+    true.save(whole := io.BytesIO(), "PNG", optimize=True)
+    few.save(packed := io.BytesIO(), "PNG", optimize=True)
     harm = np.abs(np.asarray(true, float) - np.asarray(few.convert("RGB"), float)).mean(axis=2)
-    whole, packed = (_encode(picture) for picture in (true, few))
-    unseen = harm.mean() < 1 and np.quantile(harm, 0.999) < 16
-    return packed if len(packed) < len(whole) and (unseen or len(whole) > HEAVY) else whole
-
-
-def _encode(picture: Image.Image) -> bytes:
-    picture.save(out := io.BytesIO(), format="png", optimize=True)
-    return out.getvalue()
+    use_few = len(whole.getvalue()) > HEAVY or (harm.mean() < 1 and np.quantile(harm, 0.999) < 16)
+    return min(whole.getvalue(), packed.getvalue(), key=len) if use_few else whole.getvalue()
 
 
 def show_figure(fig: Figure, alt: str, caption: str = "") -> None:
-    """Display a figure in a notebook as HTML with alt text, then close it.
+    """Display a figure in a notebook as HTML, at most 1,000 dots wide, then close it.
 
-    Parameters
-    ----------
-    fig : the figure, at most 1,000 dots wide when shown.
-    alt : what the figure shows, for those who cannot see it; required.
-    caption : one line below the figure.
-
-    Raises
-    ------
-    ValueError : `alt` is empty.
+    `alt` says what the figure shows, for those who cannot see it; a ValueError asks for it where it is empty.
     """
     from IPython.display import HTML, display
     from matplotlib import pyplot
@@ -90,18 +73,10 @@ def show_figure(fig: Figure, alt: str, caption: str = "") -> None:
 
 def save_figure(fig: Figure, path: str | os.PathLike) -> Path:
     """Write a figure as PNG, whole or not at all, and return its path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(_png(fig))
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
-    return path
+    return write_atomic(path, _png(fig))
+
+
+# Pictures
 
 
 def _pictures(images: Any) -> np.ndarray:
@@ -170,11 +145,7 @@ def prediction_grid(
 
 
 def prediction_figure(
-    image: Any,
-    probabilities: Any,
-    class_names: Sequence[str],
-    true_label: str | int | None = None,
-    top: int = 5,
+    image: Any, probabilities: Any, class_names: Sequence[str], true_label: str | int | None = None, top: int = 5
 ) -> Figure:
     """One picture in true colours beside the bars of its `top` most probable classes.
 
@@ -188,12 +159,10 @@ def prediction_figure(
     _draw(left, _pictures(image[None])[0])
     truth = "" if true is None else f", true label {true} {'✓' if true == names[0] else '✗'}"
     fig.suptitle(f"predicted {names[0]}{truth}", fontsize=14)
-    frame = pd.DataFrame({"class": names, "probability (%)": 100 * probabilities[order]})
-    colors = [PALETTE[0], *[PALETTE[4]] * (len(names) - 1)]
-    look = {"palette": colors, "legend": False, "saturation": 1}
-    sns.barplot(frame, x="probability (%)", y="class", hue="class", ax=right, **look)
-    _label_bars(right, "{:.1f} %")
-    right.set(xlim=(0, 118), xticks=range(0, 101, 25), ylabel="")
+    drawn = right.barh(names, 100 * probabilities[order], color=[PALETTE[0], *[PALETTE[4]] * (len(names) - 1)])
+    right.bar_label(drawn, fmt="{:.1f} %", padding=4, fontsize=11)
+    right.invert_yaxis()
+    right.set(xlabel="probability (%)", xlim=(0, 118), xticks=range(0, 101, 25))
     right.grid(False, axis="y")
     return fig
 
@@ -204,41 +173,42 @@ def histogram_channels(images: Any) -> Figure:
     if pictures.dtype != np.uint8 or pictures.ndim != 4:
         raise ValueError(f"images are {pictures.dtype} {pictures.shape}; give uint8 colour images")
     fig, ax = new_figure(FULL)
-    value = np.arange(256)
-    look = {"binwidth": 8, "binrange": (0, 256), "element": "step", "fill": False, "ax": ax}
+    value = np.arange(256) / 255
     for channel, (name, color, dash) in enumerate((("red", 1, "-"), ("green", 2, "--"), ("blue", 0, ":"))):
         counts = np.bincount(pictures[..., channel].ravel(), minlength=256)
-        mean = (counts * value).sum() / counts.sum()
-        std = np.sqrt((counts * (value - mean) ** 2).sum() / counts.sum())
-        label = f"{name}: mean {mean / 255:.3f}, std {std / 255:.3f}"
-        share = 100 * counts / counts.sum()
-        sns.histplot(x=value, weights=share, color=PALETTE[color], linestyle=dash, label=label, **look)
-    ax.set(xlabel="pixel value (0 dark, 255 bright)", ylabel="share of pixels (%)", xlim=(0, 256))
-    ax.set_ylim(bottom=0)
+        mean = np.average(value, weights=counts)
+        std = np.average((value - mean) ** 2, weights=counts) ** 0.5
+        label = f"{name}: mean {mean:.3f}, std {std:.3f}"
+        share = 100 * counts.reshape(-1, 8).sum(axis=1) / counts.sum()
+        ax.stairs(share, range(0, 257, 8), color=PALETTE[color], linewidth=2, linestyle=dash, label=label)
+    ax.set(xlabel="pixel value (0 dark, 255 bright)", ylabel="share of pixels (%)", xlim=(0, 256), ylim=(0, None))
     ax.legend()
     return fig
 
 
-def _curves(histories: Mapping[str, pd.DataFrame], published: pd.DataFrame | None, what: str) -> Figure:
+# Training
+
+
+def _curve(ax: Axes, frame: pd.DataFrame, column: str, **look: Any) -> None:
+    """Draw a column of a history by epoch, losses in nats, accuracies in per cent; what it lacks is left out."""
+    points = frame.reindex(columns=["epoch", column]).apply(pd.to_numeric, errors="coerce").dropna().to_numpy(float)
+    if len(points):
+        look["marker"] = look["marker"] or ("x" if len(points) == 1 else None)
+        values = (100 if column.endswith("accuracy") else 1) * points[:, 1]
+        ax.plot(points[:, 0], values, markevery=-(-len(points) // 12), **look)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+
+
+def _curves(histories: Mapping[str, pd.DataFrame], published: pd.DataFrame | None, what: str, ylabel: str) -> Figure:
     """Draw `train_`, `val_` and `test_` + `what` of every history that has them; train is solid."""
-    scale, ylabel = {"loss": (1, "cross-entropy loss (nats)"), "accuracy": (100, "accuracy (%)")}[what]
     fig, ax = new_figure(FULL)
     looks = [("published", published, GREY, None)] if published is not None else []
-    for i, (label, frame) in enumerate(histories.items()):
-        looks.append((label, frame, PALETTE[i % 4], MARKERS[i % 4]))
+    looks += [(name, frame, PALETTE[i % 4], MARKERS[i % 4]) for i, (name, frame) in enumerate(histories.items())]
     for label, frame, color, marker in looks:
         for part, name, dash in (("train", "train", "-"), ("val", "validation", "--"), ("test", "test", ":")):
-            points = frame.reindex(columns=["epoch", f"{part}_{what}"]).apply(pd.to_numeric, errors="coerce")
-            epochs, values = points.dropna().to_numpy(float).T
-            if len(epochs):
-                dots = {
-                    "marker": marker or ("x" if len(epochs) == 1 else None),
-                    "markevery": -(-len(epochs) // 12),
-                }
-                dots["markerfacecolor"] = color if part == "train" else "white"
-                ax.plot(epochs, scale * values, dash, color=color, label=f"{label}, {name}", **dots)
+            look = {"color": color, "marker": marker, "markerfacecolor": color if part == "train" else "white"}
+            _curve(ax, frame, f"{part}_{what}", linestyle=dash, label=f"{label}, {name}", **look)
     ax.set(xlabel="epoch", ylabel=ylabel)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     if ax.lines:
         if ax.dataLim.width == 0:
             ax.set_xlim(ax.dataLim.x0 - 1, ax.dataLim.x0 + 1)
@@ -258,12 +228,36 @@ def loss_curves(histories: Mapping[str, pd.DataFrame], published: pd.DataFrame |
         columns are left out, a single epoch is drawn as a point.
     published : the published log, drawn in grey.
     """
-    return _curves(histories, published, "loss")
+    return _curves(histories, published, "loss", "cross-entropy loss (nats)")
 
 
 def accuracy_curves(histories: Mapping[str, pd.DataFrame], published: pd.DataFrame | None = None) -> Figure:
     """Accuracy in per cent by epoch, from what `loss_curves` takes with columns train_accuracy and so on."""
-    return _curves(histories, published, "accuracy")
+    return _curves(histories, published, "accuracy", "accuracy (%)")
+
+
+def redrawn_chart(runs: Mapping[str, pd.DataFrame], published: pd.DataFrame) -> Figure:
+    """Test accuracy and test loss by epoch of runs that were evaluated each epoch, beside the published log.
+
+    Parameters
+    ----------
+    runs : label -> history with the columns epoch, test_accuracy (fraction) and test_loss (nats).
+    published : `results.published_log`, drawn in grey as far as the longest run goes.
+    """
+    fig, axes = new_figure(WIDE, 1, 2)
+    longest, colors = max(frame.epoch.max() for frame in runs.values()), (*PALETTE[:4], "black")  # grey is published
+    start, label = published[published.epoch <= longest], "published log (whole ResNet-50)"
+    for ax, column in zip(axes, ("test_accuracy", "test_loss"), strict=True):
+        _curve(ax, start, column, color=GREY, linestyle=":", marker="x", label=label)
+        for i, (name, frame) in enumerate(runs.items()):
+            _curve(ax, frame, column, color=colors[i % 5], marker=MARKERS[i % 5], label=name)
+    axes[0].set(xlabel="epoch", ylabel="test accuracy (%)")
+    axes[1].set(xlabel="epoch", ylabel="test loss (nats)", ylim=(0, None))
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=2)
+    return fig
+
+
+# Any frame
 
 
 def lines(frame: pd.DataFrame, x: str, y: str, *, hue: str | None = None, size=FULL, **axes: Any) -> Figure:
@@ -280,36 +274,18 @@ def lines(frame: pd.DataFrame, x: str, y: str, *, hue: str | None = None, size=F
     return fig
 
 
-def _label_bars(ax: Axes, fmt: str) -> None:
-    for bars_of_one_hue in ax.containers:
-        ax.bar_label(bars_of_one_hue, fmt=fmt, padding=4, fontsize=11)
-
-
-def bars(
-    frame: pd.DataFrame,
-    x: str,
-    y: str,
-    *,
-    hue: str | None = None,
-    fmt: str = "{:.3g}",
-    size=None,
-    **axes: Any,
-) -> Figure:
-    """Bars with their values, lying where `x` is the numeric column, else standing; `axes` as for `lines`."""
-    lying = pd.api.types.is_numeric_dtype(frame[x]) and not pd.api.types.is_numeric_dtype(frame[y])
-    fig, ax = new_figure(size or (FULL[0], max(2.4, 0.8 + 0.45 * len(frame)) if lying else FULL[1]))
-    colors = {"hue": hue, "palette": list(PALETTE[: frame[hue].nunique()])} if hue else {"color": PALETTE[0]}
-    sns.barplot(frame, x=x, y=y, errorbar=None, orient="h" if lying else "v", saturation=1, ax=ax, **colors)
-    for container, hatch in zip(ax.containers, HATCHES if hue else [""] * len(ax.containers), strict=False):
-        for bar in container:
-            bar.set_hatch(hatch)
-    _label_bars(ax, fmt)
-    ax.margins(**{"x" if lying else "y": 0.12})
+def bars(frame: pd.DataFrame, x: str, y: str, *, fmt: str = "{:.3g}", **axes: Any) -> Figure:
+    """Lying bars of the numbers `x` with their values, one for each name in `y`; `axes` as for `lines`."""
+    fig, ax = new_figure((FULL[0], max(2.4, 0.8 + 0.45 * len(frame))))
+    sns.barplot(frame, x=x, y=y, errorbar=None, saturation=1, color=PALETTE[0], ax=ax)
+    ax.bar_label(ax.containers[0], fmt=fmt, padding=4, fontsize=11)
+    ax.margins(x=0.12)
     ax.set(**axes)
-    ax.grid(False, axis="y" if lying else "x")
-    if hue:
-        sns.move_legend(ax, "center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    ax.grid(False, axis="y")
     return fig
+
+
+# Results
 
 
 def confusion_matrix(matrix: Any, class_names: Sequence[str]) -> Figure:
@@ -318,13 +294,7 @@ def confusion_matrix(matrix: Any, class_names: Sequence[str]) -> Figure:
     share = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     fig, ax = new_figure((FULL[0], 6.6))
     bar = {"label": "share of the true class (%)", "ticks": [0, 1, 5, 20, 50, 100]}
-    look = {
-        "cmap": "cividis",
-        "norm": PowerNorm(0.5, 0, 100),
-        "square": True,
-        "linewidths": 0.5,
-        "cbar_kws": bar,
-    }
+    look = {"cmap": "cividis", "norm": PowerNorm(0.5, 0, 100), "square": True, "linewidths": 0.5, "cbar_kws": bar}
     sns.heatmap(share, annot=matrix, fmt="d", annot_kws={"fontsize": 11}, ax=ax, **look)
     ax.set(xlabel="predicted class", ylabel="true class")
     places = np.arange(len(class_names)) + 0.5
@@ -338,7 +308,7 @@ def calibration_curve(bins: pd.DataFrame, ece: float) -> Figure:
     fig, (top, low) = new_figure((5.6, 5.4), 2, 1, sharex=True, height_ratios=(3, 1))
     full = 100 * bins.loc[bins["count"] > 0, ["confidence", "accuracy"]]
     top.plot([0, 100], [0, 100], color=GREY, linestyle="--", label="perfectly calibrated")
-    sns.lineplot(full, x="confidence", y="accuracy", color=PALETTE[0], marker="o", label="this model", ax=top)
+    top.plot(full.confidence, full.accuracy, color=PALETTE[0], marker="o", label="this model")
     top.set(ylabel="accuracy (%)", ylim=(0, 104), title=f"expected calibration error {100 * ece:.1f} %")
     top.legend()
     left, width = 100 * bins["low_edge"], 100 * (bins["high_edge"] - bins["low_edge"])
@@ -351,129 +321,65 @@ def per_class_bars(frame: pd.DataFrame) -> Figure:
     """Accuracy of each class, best first, with its 95 % interval (columns class, accuracy, low, high)."""
     frame = frame.dropna(subset=["accuracy"]).sort_values("accuracy", ascending=False)
     fig, ax = new_figure((FULL[0], max(2.4, 0.9 + 0.36 * len(frame))))
-    sns.barplot(x=100 * frame["accuracy"], y=frame["class"], color=PALETTE[0], saturation=1, ax=ax)
-    _whiskers(ax, frame, "accuracy", "black")
-    for row, (value, high) in enumerate(zip(frame["accuracy"], frame["high"], strict=True)):
+    reach = 100 * np.abs(frame[["low", "high"]].T - frame.accuracy).to_numpy(float)
+    ax.barh(frame["class"], 100 * frame.accuracy, xerr=reach, color=PALETTE[0], capsize=4)
+    for row, (value, high) in enumerate(zip(frame.accuracy, frame.high, strict=True)):
         ax.annotate(f"{100 * value:.1f}", (100 * high, row), (6, 0), textcoords="offset points", va="center")
-    ax.set(xlabel="accuracy (%), with 95 % interval", ylabel="", xlim=(0, 109), xticks=range(0, 101, 20))
-    ax.grid(False, axis="y")
-    return fig
-
-
-def _whiskers(ax: Axes, frame: pd.DataFrame, value: str, color: str, **style: Any) -> None:
-    reach = 100 * np.abs(frame[["low", "high"]].to_numpy(float).T - frame[value].to_numpy(float))
-    rows = range(len(frame))
-    ax.errorbar(100 * frame[value], rows, xerr=reach, color=color, capsize=4, linestyle="none", **style)
-
-
-def run_comparison(frame: pd.DataFrame) -> Figure:
-    """Test accuracy and 95 % interval of each row of `results.compare_runs`, with its training time."""
-    fig, ax = new_figure((FULL[0], 1.4 + 0.5 * len(frame)))
-    _whiskers(ax, frame, "test_accuracy", PALETTE[0], marker="o", markersize=8)
-    names = []
-    for row, run in enumerate(frame.to_dict("records")):
-        time = "" if pd.isna(run.get("minutes")) else f" · {run['minutes']:.3g} min"
-        accuracy = 100 * run["test_accuracy"]
-        place = {"xy": (accuracy, row), "xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
-        ax.annotate(f"{accuracy:.1f} %{time}", **place)
-        seeds = f", {run['seeds']} seeds" if run["seeds"] > 1 else ""
-        names.append(f"{run['recipe']}\n{run['backbone']}, {run['epochs']} epochs{seeds}")
-    ax.set(xlabel="test accuracy (%), with 95 % interval", ylim=(len(frame) - 0.5, -0.7))
-    ax.set_yticks(range(len(frame)), names)
-    ax.margins(x=0.15)
+    ax.invert_yaxis()
+    ax.set(xlabel="accuracy (%), with 95 % interval", xlim=(0, 109), xticks=range(0, 101, 20))
     ax.grid(False, axis="y")
     return fig
 
 
 def ablation_chart(summary: pd.DataFrame) -> Figure:
-    """Validation accuracy of every variant, mean and standard deviation over seeds, in blocks of a question each.
+    """Validation accuracy of every variant of `results.summarize`, mean and standard deviation, question by question.
 
-    Parameters
-    ----------
-    summary : `studies.summarize`.
+    Grey and hollow is what the seeds cannot tell from the question's first variant; squares are the common base.
     """
-    rows = [*summary.to_dict("records")]
-    places, ticks, y, last = [], [], 0.0, None
-    for row in rows:
-        y += 1 if row["question"] == last else 1.9
-        last = row["question"]
-        places.append(y)
+    first = ~summary.question.duplicated()
+    places = (1 + 0.9 * first).cumsum().to_numpy()  # a line of its own above each question
     fig, ax = new_figure((9.0, 1.0 + 0.27 * places[-1]))
-    for y, row in zip(places, rows, strict=True):
-        base = row["changes"] == ""
-        color = PALETTE[0] if row["distinguishable"] or base else GREY
-        look = {"marker": "s" if base else "o", "markerfacecolor": color if row["distinguishable"] or base else "white"}
-        ax.errorbar(100 * row["mean"], y, xerr=100 * row["std"], color=color, capsize=3, markersize=7, **look)
-        ax.annotate(f"{100 * row['mean']:.1f}", (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=10)
-        ticks.append(row["variant"])
-    for y, row, before in zip(places, rows, [None, *rows], strict=False):
-        if before is None or before["question"] != row["question"]:
-            ax.annotate(
-                row["question"], (0, y - 0.9), xycoords=("axes fraction", "data"), va="center", fontsize=10, color=GREY,
-                xytext=(4, 0), textcoords="offset points", style="italic",
-            )  # fmt: skip
-    ax.set_yticks(places, ticks, fontsize=10)
+    aside = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 10}
+    for y, row, begins in zip(places, summary.itertuples(), first, strict=True):
+        base = row.changes == ""
+        color = PALETTE[0] if row.distinguishable or base else GREY
+        look = {"marker": "s" if base else "o", "markerfacecolor": color if row.distinguishable or base else "white"}
+        ax.errorbar(100 * row.mean, y, xerr=100 * row.std, color=color, capsize=3, markersize=7, **look)
+        ax.annotate(f"{100 * row.mean:.1f}", (1.01, y), **aside)
+        if begins:
+            ax.annotate(row.question, (0.01, y - 0.9), color=GREY, style="italic", **aside)
+    ax.set_yticks(places, summary.variant, fontsize=10)
     ax.set(ylim=(places[-1] + 0.8, places[0] - 1.5), xlabel="validation accuracy (%), mean and deviation over seeds")
-    ax.grid(visible=False, axis="y")
+    ax.grid(False, axis="y")
     return fig
 
 
 def corruption_chart(frame: pd.DataFrame, clean: float) -> Figure:
-    """Accuracy under each corruption against its level, one panel each, with the clean accuracy as a dashed line.
-
-    Parameters
-    ----------
-    frame : `robustness.corrupted_accuracy`.
-    clean : accuracy without corruption, a fraction.
-    """
-    kinds = list(dict.fromkeys(frame.corruption))
-    fig, axes = new_figure((10.0, 2.9), 1, len(kinds), sharey=True)
-    for ax, name in zip(axes, kinds, strict=True):
-        part = frame[frame.corruption == name]
+    """Accuracy by level of each corruption (`results.corrupted_accuracy`); dashed: the fraction `clean`."""
+    kinds = frame.groupby("corruption", sort=False)
+    fig, axes = new_figure((WIDE[0], 2.9), 1, len(kinds), sharey=True)
+    for ax, (name, part) in zip(axes, kinds, strict=True):
+        levels = range(len(part))
         ax.axhline(100 * clean, color=GREY, linestyle="--", linewidth=1.2)
-        ax.plot(range(len(part)), 100 * part.accuracy, color=PALETTE[0], marker="o")
-        ax.fill_between(range(len(part)), 100 * part.low, 100 * part.high, color=PALETTE[0], alpha=0.2)
-        ax.set_xticks(range(len(part)), [f"{level:g}" for level in part.level], fontsize=9)
-        ax.set(title=name, xlabel=part.unit.iloc[0], ylim=(0, 102))
-        ax.xaxis.label.set_size(9)
+        ax.plot(levels, 100 * part.accuracy, color=PALETTE[0], marker="o")
+        ax.fill_between(levels, 100 * part.low, 100 * part.high, color=PALETTE[0], alpha=0.2)
+        ax.set_xticks(levels, [f"{level:g}" for level in part.level], fontsize=10)
+        ax.set(title=name, ylim=(0, 102))
+        ax.set_xlabel(part.unit.iloc[0], fontsize=10)
     axes[0].set(ylabel="test accuracy (%)")
     return fig
 
 
 def coverage_chart(frame: pd.DataFrame) -> Figure:
-    """Accuracy on the images answered against the share answered, the surest first (`metrics.selective_accuracy`)."""
+    """Accuracy on the images answered against the share answered, the surest first (`results.selective_accuracy`)."""
     fig, ax = new_figure((6.4, 3.8))
-    rows = frame[frame.coverage >= 0.2]
-    ax.plot(100 * rows.coverage, 100 * rows.accuracy, color=PALETTE[0])
-    for share in (0.8, 0.9, 1):
-        row = frame.loc[(frame.coverage - share).abs().idxmin()]
-        ax.plot(100 * row.coverage, 100 * row.accuracy, "o", color=PALETTE[0])
-        text, place = f"{100 * row.accuracy:.1f} % of {row.coverage:.0%}", (100 * row.coverage, 100 * row.accuracy)
-        ax.annotate(text, place, xytext=(-8, -14), textcoords="offset points", ha="right")
+    rows = 100 * frame.loc[frame.coverage >= 0.2, ["coverage", "accuracy"]]
+    named = rows.loc[[(rows.coverage - share).abs().idxmin() for share in (80, 90, 100)]]
+    ax.plot(rows.coverage, rows.accuracy, color=PALETTE[0])
+    ax.plot(named.coverage, named.accuracy, "o", color=PALETTE[0])
+    for share, accuracy in named.to_numpy():
+        text = f"{accuracy:.1f} % of {share:.0f}%"
+        ax.annotate(text, (share, accuracy), xytext=(-8, -14), textcoords="offset points", ha="right")
     ax.margins(y=0.15)
     ax.set(xlabel="images answered (%), the surest first", ylabel="accuracy on them (%)")
-    return fig
-
-
-def redrawn_chart(runs: Mapping[str, pd.DataFrame], published: pd.DataFrame) -> Figure:
-    """Test accuracy and test loss by epoch of runs that were scored each epoch, beside the published log.
-
-    Parameters
-    ----------
-    runs : label -> history with the columns epoch, test_accuracy (fraction) and test_loss (nats).
-    published : `results.published_log`, drawn in grey as far as the longest run goes.
-    """
-    fig, axes = new_figure((10.0, 4.6), 1, 2)
-    longest, colors = max(frame.epoch.max() for frame in runs.values()), (*PALETTE[:4], "black")  # grey is published
-    start = published[published.epoch <= longest]
-    for ax, column, factor in zip(axes, ("test_accuracy", "test_loss"), (100, 1), strict=True):
-        label = "published log (whole ResNet-50)"
-        ax.plot(start.epoch, factor * start[column], color=GREY, linestyle=":", marker="x", label=label)
-        for place, (label, frame) in enumerate(runs.items()):
-            style = {"color": colors[place % len(colors)], "marker": MARKERS[place % len(MARKERS)]}
-            ax.plot(frame.epoch, factor * frame[column], markevery=-(-len(frame) // 12), label=label, **style)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0].set(xlabel="epoch", ylabel="test accuracy (%)")
-    axes[1].set(xlabel="epoch", ylabel="test loss (nats)", ylim=(0, None))
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=2)
     return fig

@@ -29,7 +29,7 @@ def numel(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def train_steps(model, steps=2, size=32, only=None):
+def train_steps(model, steps=1, size=32, only=None):
     """Real steps of SGD with weight decay, after `model.train()`."""
     model.train()
     parameters = [p for p in model.parameters() if only is None or p.requires_grad]
