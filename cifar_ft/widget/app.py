@@ -193,6 +193,7 @@ def page() -> None:
     from cifar_ft.widget.html import alert_html
     from cifar_ft.widget.widget import prediction_widget
 
+    log.setLevel("WARNING")  # the widget itself says which model it is
     try:
         widget = prediction_widget()
         widget.state.preview()  # the first answer takes longest, so it is given before anybody waits

@@ -4,6 +4,7 @@ That nothing but the page is served, and that kernels end too, is tested with a 
 """
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from cifar_ft import log
 from cifar_ft.predictions import PredictionError
 from cifar_ft.widget import AppError, app, page, serve
 
@@ -154,6 +156,11 @@ def test_a_page_without_a_model_says_why(monkeypatch):
     shown = []
     monkeypatch.setattr("cifar_ft.widget.widget.prediction_widget", refuse)
     monkeypatch.setattr("IPython.display.display", shown.append)
-    page()
+    level = log.level
+    try:
+        page()
+        assert not log.isEnabledFor(logging.INFO)  # no line above the widget
+    finally:
+        log.setLevel(level)
     assert 'role="alert"' in shown[0].data
     assert "no &lt;model&gt; here" in shown[0].data

@@ -69,7 +69,7 @@ def test_what_cannot_be_asked_is_an_error(state):
 
 
 def test_the_label_of_the_upload_names_the_limit():
-    assert all(f"{MOST_MIB}" in words for words in TEXTS["upload"])
+    assert all(f"{MOST_MIB}" in texts["widget"]["upload"] for texts in TEXTS.values())
 
 
 def test_large_uploads_are_not_kept(state):
