@@ -23,13 +23,7 @@ def write_run(path, *, recipe=None, seed=0, shift=3.0, seconds=120.0):
     columns = "epoch,train_loss,train_accuracy,val_loss,val_accuracy,test_loss,test_accuracy,lr,seconds"
     (path / "history.csv").write_text(f"{columns}\n1,1.2,0.6,0.9,0.7,,,0.1,9\n2,0.8,0.7,0.7,0.8,,,0.05,9\n")
     np.savez(path / "test_logits.npz", logits=logits, labels=labels)
-    metrics = {
-        "recipe": recipe.name,
-        "backbone": "resnet50",
-        "epochs": 2,
-        "seed": seed,
-        "train_seconds": seconds,
-    }
+    metrics = {"recipe": recipe.name, "backbone": "resnet50", "epochs": 2, "seed": seed, "train_seconds": seconds}
     (path / "metrics.json").write_text(json.dumps(metrics))
     return path
 
@@ -92,8 +86,7 @@ def test_a_damaged_file_is_named(tmp_path, name, damage):
 
 
 @pytest.mark.parametrize(
-    ("write", "reason"),
-    [(pickled, "allow_pickle"), (short_labels, "2 labels for 3 images"), (diverged, "not finite")],
+    ("write", "reason"), [(pickled, "allow_pickle"), (short_labels, "2 labels for 3 images"), (diverged, "not finite")]
 )
 def test_logits_that_cannot_be_trusted_are_refused(tmp_path, write, reason):
     path = write_run(tmp_path / "run")
