@@ -37,7 +37,6 @@ def predict_logits(
     transform: Callable[[Tensor], Tensor],
     *,
     batch_size: int | None = None,
-    device: torch.device | str | None = None,
     precision: str = "fp32",
     flip_tta: bool = False,
 ) -> Tensor:
@@ -51,7 +50,6 @@ def predict_logits(
     split : object with `images`, uint8 [N, 3, H, W].
     transform : maps uint8 images to the model's input, as `transforms.eval_transform(recipe)` does.
     batch_size : images at a time; None: 64 on a CPU, where that fits the cache, else 500.
-    device : where to compute; the model is moved there. None means where the model is.
     precision : "fp32", or "bf16" or "fp16" (autocast).
     flip_tta : average the logits of each image and its mirror image.
     """
@@ -62,8 +60,7 @@ def predict_logits(
         raise EvaluationError(f"batch_size is {batch_size}; it must be at least 1")
     if precision not in DTYPES:
         raise EvaluationError(unknown("precision", precision, DTYPES))
-    device = torch.device(device or next((parameter.device for parameter in model.parameters()), "cpu"))
-    model.to(device)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     autocast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
     found = []
     with evaluating(model), torch.inference_mode(), autocast:

@@ -66,7 +66,7 @@ def gather_logits(
     rank, world = accelerator.process_index, accelerator.num_processes
     share = split.take(torch.arange(rank, len(split), world)) if world > 1 else split
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-    options = {"device": accelerator.device, "precision": precision, "flip_tta": flip_tta}
+    options = {"precision": precision, "flip_tta": flip_tta}
     own = predict_logits(model, share, eval_transform(recipe), **options) if len(share) else torch.zeros(0, 10)
     if world == 1:
         return own
