@@ -38,7 +38,8 @@ def history(path):
 
 
 def same_run(one, other):
-    """Bit for bit: weights, test logits, and the history apart from seconds."""
+    """Bit for bit: weights and their file, test logits, and the history apart from seconds."""
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     a, b = weights(one), weights(other)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)

@@ -97,7 +97,8 @@ def write_run(directory: RunDirectory, training: Training, splits: dict[str, Spl
         np.savez(buffer := io.BytesIO(), logits=logits[name].numpy(), labels=labels[name].numpy())
         directory.write(f"{name}_logits.npz", buffer.getvalue())
     weights = {name: tensor.contiguous().cpu() for name, tensor in training.evaluated.state_dict().items()}
-    directory.write("model.safetensors", to_safetensors(weights, {"format": "pt", "backbone": info["backbone"]}))
+    # One entry of metadata: safetensors writes several in any order, and equal weights would be unequal files.
+    directory.write("model.safetensors", to_safetensors(weights, {"format": "pt"}))
 
     def correct(name: str) -> int:
         return int((logits[name].argmax(1) == labels["test"]).sum())

@@ -18,18 +18,13 @@ from cifar_ft.results import load_run
 from cifar_ft.training import distributed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-
-
 TRAIN = ["-m", "cifar_ft", "train", "--recipe", "smoke"]
-
-
 FROZEN = {
     "backbone": "resnet18", "weights": "none", "last_stage": 1, "freeze_batchnorm": True, "epochs": 2, "batch_size": 60,
     "train_images": 242, "val_images": 101, "test_images": 997, "lr": 0.05, "ema_decay": 0.9, "label_smoothing": 0.1,
 }  # fmt: skip
+MOVING = {**FROZEN, "freeze_batchnorm": False, "epochs": 15, "checkpoint_steps": 2}
 
 
 def command(number, out, settings, *more):
@@ -66,15 +61,19 @@ def test_several_processes_with_frozen_batchnorm_train_as_one(single, tmp_path, 
     assert np.array_equal(run.labels, single.labels)
 
 
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The run of two processes, with BatchNorm that moves."""
+    return train(2, tmp_path_factory.mktemp("pair") / "run", MOVING)[0]
+
+
 @pytest.mark.data
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 @pytest.mark.parametrize("how", ["killed", "interrupted"])
-def test_several_processes_are_resumed_as_if_never_stopped(tmp_path, how):
-    settings = {**FROZEN, "freeze_batchnorm": False, "epochs": 40, "checkpoint_steps": 2}
-    whole, _ = train(2, tmp_path / "whole", settings)
+def test_several_processes_are_resumed_as_if_never_stopped(pair, tmp_path, how):
     path = tmp_path / "run"
-    with subprocess.Popen(command(2, path, settings), **quietly()) as group:
+    with subprocess.Popen(command(2, path, MOVING), **quietly()) as group:
         wait_for(lambda: len(list(path.glob("checkpoint/epoch-00002-*.pt"))) > 0, group)
         workers = psutil.Process(group.pid).children(recursive=True)
         assert len(workers) >= 2
@@ -86,11 +85,11 @@ def test_several_processes_are_resumed_as_if_never_stopped(tmp_path, how):
         group.wait(timeout=90)
         psutil.wait_procs(workers, timeout=90)
     assert not (path / "metrics.json").exists()
-    run, output = train(2, path, settings, "--resume")
+    run, output = train(2, path, MOVING, "--resume")
     assert "Resuming after epoch" in output
-    assert np.array_equal(run.logits, whole.logits)
-    np.testing.assert_allclose(run.history.train_loss, whole.history.train_loss, rtol=1e-6)
-    assert list(run.history.train_accuracy) == list(whole.history.train_accuracy)
+    assert np.array_equal(run.logits, pair.logits)
+    np.testing.assert_allclose(run.history.train_loss, pair.history.train_loss, rtol=1e-6)
+    assert list(run.history.train_accuracy) == list(pair.history.train_accuracy)
 
 
 def quietly():
