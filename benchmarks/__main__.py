@@ -15,7 +15,7 @@ import typer
 from cifar_ft.data import load_cifar10
 from cifar_ft.files import write_atomic
 from cifar_ft.recipes import get_recipe
-from cifar_ft.training import hardware
+from cifar_ft.training import describe_machine
 
 FILE = Path("results/benchmarks.json")
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -115,7 +115,7 @@ def _known() -> dict:
 
 
 def _keep(section: str, found: dict) -> None:
-    known = {**_known(), section: {**found, "hardware": hardware()}}
+    known = {**_known(), section: {**found, "hardware": describe_machine()}}
     write_atomic(FILE, (json.dumps(known, indent=1) + "\n").encode())
 
 

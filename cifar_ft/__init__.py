@@ -1,7 +1,7 @@
 """Fine-tune an ImageNet-pretrained network on CIFAR-10: the library behind the course's notebooks.
 
-One room a chapter: `data`, `transforms`, `models`, `training`, `results`, `predictions`, and `widget`, each a package
-that hands on its public names. Importing `cifar_ft` itself is cheap; each room brings what it needs.
+One room a chapter: `data`, `transforms`, `models`, `training`, `results`, `predictions`, `widget`; `course` runs all.
+Each is a package that hands on its public names. Importing `cifar_ft` itself is cheap; each room brings what it needs.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ class CifarFtError(Exception):
 
 
 class _Lines(logging.Handler):
-    """Print each message as a line on standard output, as it is now: a notebook and a test replace it."""
+    """Print each message as a line on what is standard output at the moment: notebooks and tests replace it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(Exception):  # no output, or one that cannot show a character, must not end the work

@@ -151,9 +151,11 @@ def locked(path: Path, what: str) -> Iterator[None]:
         lock.release()
 
 
-def progress(items: Iterable | None = None, label: str = "", file: Any = None, **options: Any) -> tqdm:
+def progress(
+    items: Iterable | None = None, label: str = "", file: Any = None, hidden: bool = False, **options: Any
+) -> tqdm:
     """A bar for people, on a terminal or in a notebook; silent in a log file, and where there is no output at all."""
     file = sys.stderr if file is None else file
     notebook = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)() is not None
     watched = file is not None and (notebook or file.isatty())
-    return tqdm(items, label or None, leave=False, disable=not watched, file=file, **options)
+    return tqdm(items, label or None, leave=False, disable=hidden or not watched, file=file, **options)

@@ -90,14 +90,14 @@ class Recipe(BaseModel):
     momentum: Float = Field(0.9, ge=0, le=0.9999)  # of sgd, as is nesterov
     nesterov: Flag = False
     weight_decay: Float = Field(5e-4, ge=0, le=10)
-    schedule: Literal["constant", "cosine", "one_cycle"] = "constant"  # cosine steps once an epoch, one_cycle always
+    schedule: Literal["constant", "cosine", "one_cycle"] = "constant"  # stepped once an epoch, or at every step
     warmup: Float = Field(0.2, ge=0, le=0.9)  # share of the steps in which a one_cycle schedule rises
     label_smoothing: Float = Field(0.0, ge=0, le=0.9)
     ema_decay: Float = Field(0.0, ge=0, le=0.99999)  # per step; 0 switches the moving average of the weights off
     select: Literal["best", "last"] = "last"  # the weights of the last epoch, or of the best one on validation
     track_test: Flag = False  # log the test set each epoch, to redraw published curves; never selects on it
     flip_tta: Flag = False  # also report the test accuracy averaged over each image and its mirror image
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: see training.choose_plan
     compile: Flag = False  # compile the model with torch.compile before training
     checkpoint_steps: Int = Field(0, ge=0, le=10_000_000)  # also checkpoint every N steps; 0: once an epoch
     seed: Int = Field(0, ge=0, le=2**31 - 1)
@@ -192,8 +192,8 @@ _modern = Recipe(
     nesterov=True, schedule="one_cycle", label_smoothing=0.1, ema_decay=0.999,
 )  # fmt: skip
 
-# AdamW suits EfficientNet-Lite0: at the same number of steps SGD stays far behind.
-_light = Recipe(
+# AdamW suits EfficientNet-Lite0: at the same number of steps SGD stays behind, far behind when the steps are few.
+_quick = Recipe(
     "quick", freeze="early", image_size=112, epochs=2, train_sizes=(80, 112), batch_size=64, optimizer="adamw",
     lr=0.001, weight_decay=0.05, schedule="one_cycle", label_smoothing=0.05, ema_decay=0.995,
 )  # fmt: skip
@@ -205,12 +205,12 @@ RECIPES: dict[str, Recipe] = {
         _reference.replace(name="reference_b64", batch_size=64),
         _reference.replace(name="reference_b32_cosine", schedule="cosine"),
         _modern,
-        _light,
+        _quick,
         _modern.replace(
             name="speedrun", backbone="efficientnet_lite0", freeze="early", epochs=3, train_sizes=(96, 112, 128),
             batch_size=64, lr=0.04, label_smoothing=0.05, ema_decay=0.995, validation=False,
         ),
-        _light.replace(
+        _quick.replace(
             name="cpu", backbone="efficientnet_lite0", image_size=192, epochs=12, label_smoothing=0.1, ema_decay=0.998,
             cutout=12, train_sizes=(96, 96, 128, 128, 128, 128, 160, 160, 160, 192, 192, 192),
         ),

@@ -1,6 +1,6 @@
 """Bring what was run into the repository: outputs of notebooks, and runs without their weights.
 
-Nothing that belongs to one machine or one moment comes along: no paths, no times, no widget state, no warnings.
+Nothing that belongs to one machine or one moment comes along: no paths, no time stamps, no widget state, no warnings.
 """
 
 from __future__ import annotations

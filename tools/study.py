@@ -57,7 +57,7 @@ def try_(
     checked = get_recipe(recipe, list(overrides))  # a mistake is told before the data is loaded
     changes = " ".join(overrides).replace(checked.weights, Path(checked.weights).name)  # no folder of this machine
     row = {"recipe": recipe, "changes": changes, "seed": checked.seed, **try_recipe(checked, load_cifar10())}
-    append_row(out, row | {"note": note, "hardware": training.hardware()})
+    append_row(out, row | {"note": note, "hardware": training.describe_machine()})
     typer.echo(f"validation {row['val_accuracy']:.2%} in {row['minutes']:.1f} min; added to {out}")
 
 

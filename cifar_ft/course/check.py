@@ -25,10 +25,10 @@ def checks() -> Iterator[tuple[bool, str, str]]:
             yield False, f"{name} is not installed", "pip install -r requirements.txt"
     import torch  # here and below: what is missing has been told by now
 
-    from cifar_ft.training import hardware
+    from cifar_ft.training import describe_machine
 
     note = "" if torch.cuda.is_available() else "; no GPU, which is fine: the quick recipe is made for that"
-    yield True, hardware() + note, ""
+    yield True, describe_machine() + note, ""
     root = data_root()
     free = shutil.disk_usage(next(folder for folder in (root, *root.parents) if folder.exists())).free // 2**20
     advice = f"free {DISK_MB:,} MB there, or set CIFAR_FT_DATA to a folder on another disk"

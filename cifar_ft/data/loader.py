@@ -25,7 +25,7 @@ class Batch:
     images : uint8 Tensor [B, 3, 32, 32]
     labels : int64 Tensor [C]
         Of the first C images, those that count; the others only fill a share that is too small for BatchNorm.
-    size : int
+    global_size : int
         Images of the global batch.
     places : int64 Tensor [B]
         Which images of the global batch these are.
@@ -37,7 +37,7 @@ class Batch:
 
     images: Tensor
     labels: Tensor
-    size: int
+    global_size: int
     places: Tensor
     seed: int
     last: bool = True

@@ -1,7 +1,7 @@
 """Backbones: how each is made, where its parts are, and how pretrained tensors get into it.
 
-To add one, add it to `BACKBONES` and to the choices of `Recipe.backbone`: surgery and freezing ask this table and know
-no backbone by name.
+To add one, add it to `BACKBONES`, which surgery and freezing ask, to the choices of `Recipe.backbone`, and to `SOURCES`
+(and `HUB_NAMES`) in `weights.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs on disk: a run directory is read here and nowhere else, so that all figures tell of the same files."""
+"""Runs on disk: finished ones are read here alone, so that all figures tell of the same files."""
 
 from __future__ import annotations
 

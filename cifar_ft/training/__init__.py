@@ -5,7 +5,7 @@ from cifar_ft.training.convolutions import speed_up
 from cifar_ft.training.distributed import start_processes
 from cifar_ft.training.faults import TrainingError
 from cifar_ft.training.fit import fit
-from cifar_ft.training.hardware import Plan, choose_plan, hardware, keep_memory, usable_cpus
+from cifar_ft.training.hardware import Plan, choose_plan, describe_machine, keep_memory, usable_cpus
 from cifar_ft.training.loop import train_epoch
 from cifar_ft.training.optim import lr_factor, make_optimizer, move_average, set_lr
 from cifar_ft.training.probe import fit_head

@@ -1,6 +1,6 @@
 """The run directory while it is written: locked against a second writer, resumable after a kill at any moment.
 
-A checkpoint carries the SHA-256 of its bytes in its name, so that a damaged one is known before it is used.
+A checkpoint carries the beginning of its SHA-256 in its name, so that a damaged one is known before it is used.
 """
 
 from __future__ import annotations
@@ -61,28 +61,25 @@ class RunDirectory:
         except (ValueError, OSError) as error:
             raise TrainingError(f"{show_path(file)} is damaged ({error}); start anew in another folder") from error
 
-    def begin(self, config: dict, resume: bool) -> None:
-        """Store what the run is, or check that a resumed run is still the same one.
-
-        Raises
-        ------
-        TrainingError
-            When the folder holds a run and `resume` is off, or holds a run of another recipe, data, weights or code.
-        """
-        if not self.active:
-            return
-        if not self.config():
-            self.write_json("config.json", config)
-        elif resume:
-            self.check(config)
-        else:
+    def check_free(self, resume: bool) -> None:
+        """Raise a TrainingError when the folder holds a run that is not to be resumed."""
+        if self.active and not resume and self.config():
             raise TrainingError(
                 f"{show_path(self.path)} already holds a run; resume it (--resume) or choose another folder"
             )
 
+    def begin(self, config: dict) -> None:
+        """Store what the run is, or check that a resumed run is still the same one."""
+        if self.active and self.config():
+            self.check(config)
+        else:
+            self.write_json("config.json", config)
+
     def check(self, config: dict) -> None:
-        """Raise a TrainingError with each difference in recipe, data, weights or code that `config` names."""
-        stored = self.config() if self.active else {}
+        """Raise a TrainingError with each difference in recipe, data, weights, code or versions that `config` names."""
+        if not self.active:
+            return
+        stored = self.config()
         with suppress(RecipeError, KeyError, TypeError):  # of a damaged one, which is then compared as it is
             stored["recipe"] = Recipe.from_dict(stored["recipe"]).to_dict()  # with the keys that came later
         compared = {
@@ -96,7 +93,7 @@ class RunDirectory:
             f"{part}.{key}: {stored.get(part, {}).get(key)!r} then, {config[part].get(key)!r} now"
             for part, keys in compared.items()
             for key in keys
-            if self.active and key in config.get(part, {}) and stored.get(part, {}).get(key) != config[part].get(key)
+            if key in config.get(part, {}) and stored.get(part, {}).get(key) != config[part].get(key)
         ]
         if changes:
             raise TrainingError(
@@ -129,7 +126,8 @@ class RunDirectory:
 
     def load_checkpoint(self) -> dict | None:
         """The newest checkpoint that is whole, or None. A damaged one is reported and passed over."""
-        for file in self.checkpoints() if self.active else ():
+        files = self.checkpoints() if self.active else []
+        for file in files:
             try:
                 data = file.read_bytes()
             except OSError as error:
@@ -140,6 +138,8 @@ class RunDirectory:
             if _digest(data) == file.stem.rpartition("-")[2]:
                 return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             log.warning(f"Warning: checkpoint {file.name} is damaged; falling back to the one before")
+        if files:
+            log.warning("Warning: no checkpoint is usable; starting from the beginning")
         return None
 
 

@@ -121,12 +121,14 @@ def speed_up(model: nn.Module) -> nn.Module:
         same = type(layer).__name__ == "Conv2dSame"
         if not (same or type(layer) is nn.Conv2d) or len({*layer.kernel_size}) != 1 or len({*layer.stride}) != 1:
             continue
+        if not isinstance(layer.padding, tuple) or len({*layer.padding}) != 1 or layer.padding_mode != "zeros":
+            continue
         if layer.groups == layer.in_channels == layer.out_channels > 1:
             layer.__class__ = DepthwiseConv2d  # in place: parameters, hooks and state dict keys stay
             layer.same_padding = same
-        elif layer.groups == 1 and not same and isinstance(layer.padding, tuple) and layer.padding_mode == "zeros":
+        elif layer.groups == 1 and not same:
             if layer.kernel_size == (1, 1) and layer.padding == (0, 0):
                 layer.__class__ = PointwiseConv2d
-            elif layer.kernel_size == (3, 3) and layer.padding[0] == layer.padding[1]:
+            elif layer.kernel_size == (3, 3):
                 layer.__class__ = SmallMapConv2d
     return model

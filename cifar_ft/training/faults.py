@@ -24,47 +24,46 @@ class TrainingError(CifarFtError, RuntimeError):
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether PyTorch says so, on a GPU or on a CPU."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether PyTorch says so, on CUDA, on Apple's GPU or on a CPU."""
+    signs = ("DefaultCPUAllocator", "MPS backend out of memory")
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 def use_less_memory(training: Training, loader: TrainLoader) -> None:
-    """From now on compute each batch in twice as many parts, beginning with the step that failed.
+    """From now on compute each batch in twice as many micro-batches, beginning with the step that failed.
 
     Raises
     ------
     TrainingError
         When the memory does not suffice for two images, or for one of several processes.
     """
-    recipe, parts = training.recipe, 2 * training.accumulation
-    images = -(-loader.sizes[training.step] // loader.world)
+    recipe, number, images = training.recipe, 2 * training.accumulation, loader.sizes[training.step]
     if loader.world > 1:
         raise TrainingError(
-            f"out of memory on process {loader.rank}: start again with --set accumulation={parts}, which computes each "
-            f"batch in {parts} parts, or with a smaller size"
+            f"out of memory on process {loader.rank}: resume with --set accumulation={number}, which computes each "
+            f"batch in {number} micro-batches, or start again with a smaller size"
         )
-    if images // parts < 2:
+    if images // number < 2:
         raise TrainingError(
             f"out of memory with only {-(-images // training.accumulation)} images at a time; "
             f"use a smaller image_size than {recipe.image_size}, or freeze a part of the model"
         )
-    training.accumulation = parts
+    training.accumulation = number
     training.forget_step()
     if training.accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
     log.warning(
-        f"Out of memory: from now on a batch is computed in {parts} parts of up to {-(-images // parts)} images. "
-        "The steps stay the same, but BatchNorm sees one part at a time"
+        f"Out of memory: from now on a batch is computed in {number} micro-batches of up to "
+        f"{-(-images // number)} images. The steps stay the same, but BatchNorm sees one micro-batch at a time"
     )
 
 
-def check_loss(training: Training, loader: TrainLoader) -> None:
+def check_loss(training: Training, loader: TrainLoader, saving: bool = False) -> None:
     """Raise a TrainingError where a step diverged: which it was, its images, and what to try.
 
-    On a CPU after each step; on a GPU now and then, at the end of an epoch, and before each checkpoint.
+    On a CPU after each step; on a GPU now and then, at the end of an epoch, and before a checkpoint is saved.
     """
-    done, every = training.step, training.recipe.checkpoint_steps
-    now = done % CHECK_EVERY == 0 or done == len(loader) or (every and done % every == 0)
+    now = saving or training.step % CHECK_EVERY == 0 or training.step == len(loader)
     if not now and training.accelerator.device.type != "cpu":
         return
     step, loss = (value.item() for value in training.diverged)

@@ -1,4 +1,4 @@
-"""A whole run, from a recipe and the data to a run directory, on one CPU or many processes.
+"""A whole run, from a recipe and the data to a run directory, in one process or several.
 
 All randomness is a function of (seed, epoch, step), so that a run can be stopped anywhere and resumed to the same
 weights, and so that several processes see the same global batches, augmented alike, as one.
@@ -32,7 +32,7 @@ Splits = dict[str, Split]  # "train", "val" and "test"
 
 
 def fit(recipe: Recipe, data: Cifar10, run_dir: str | Path | None = None, *, resume: bool = False) -> Run:
-    """Train what a recipe says, evaluate on the test set once, and leave a complete run directory.
+    """Train what a recipe says, evaluate the result on the test set, and leave a complete run directory.
 
     Parameters
     ----------
@@ -66,9 +66,10 @@ def fit(recipe: Recipe, data: Cifar10, run_dir: str | Path | None = None, *, res
             directory.check({"recipe": recipe.to_dict(), "data": {"digest": data.digest}})
             log.info(f"{show_path(run_dir)} is finished; nothing to resume")
             return load_run(run_dir)
+        directory.check_free(resume)
         splits = select_images(recipe, data)
         training = set_up(recipe, directory)
-        directory.begin(describe_run(training, data, splits), resume)
+        directory.begin(describe_run(training, data, splits))
         splits = {name: split.to(training.accelerator.device) for name, split in splits.items()}
         start_or_resume(training, splits["train"], directory, resume)
         with StopRequest() as request:
@@ -102,7 +103,7 @@ def set_up(recipe: Recipe, directory: RunDirectory) -> Training:
 
 def start_or_resume(training: Training, train: Split, directory: RunDirectory, resume: bool) -> None:
     """Restore the last checkpoint, or warm up: refresh BatchNorm after a resampled stem, fit the head if asked."""
-    recipe, model = training.recipe, training.plain_model
+    recipe, model = training.recipe, training.unwrapped_model
     checkpoint = broadcast_object_list([directory.load_checkpoint() if resume else None])[0]
     if checkpoint:
         training.restore(checkpoint)
@@ -127,33 +128,37 @@ def run_epoch(training: Training, train: Split, directory: RunDirectory, request
 
     def after_step() -> None:
         training.seconds = time.perf_counter() - start
-        check_loss(training, loader)
+        bar.update()
         asked = request.agreed(accelerator, training.step)
-        if asked or (recipe.checkpoint_steps and training.step % recipe.checkpoint_steps == 0):
+        saving = asked or (recipe.checkpoint_steps and training.step % recipe.checkpoint_steps == 0)
+        check_loss(training, loader, saving)
+        if saving:
             save(training, directory)
         if asked:
             stop(training, directory.path)
 
-    while training.step < len(loader):
-        loader.start, loader.accumulation = training.step, training.accumulation
-        try:
-            train_epoch(training, _progress(loader, training), after_step)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            use_less_memory(training, loader)
+    with _progress(training) as bar:
+        while training.step < len(loader):
+            loader.start, loader.accumulation = training.step, training.accumulation
+            try:
+                train_epoch(training, loader, after_step)
+                continue
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            use_less_memory(training, loader)  # not in the except block, where the error still holds the step's tensors
 
 
 def save(training: Training, directory: RunDirectory) -> None:
     """Write a checkpoint; all processes take part."""
-    share_statistics(training.accelerator, training.plain_model, training.ema)
+    share_statistics(training.accelerator, training.unwrapped_model, training.ema)
     directory.save_checkpoint(training.epoch, training.step, training.state())
 
 
 def finish_epoch(training: Training, splits: Splits) -> None:
     """Evaluate what the recipe evaluates each epoch, remember the best weights, and add the epoch's row."""
     recipe, accelerator, start = training.recipe, training.accelerator, time.perf_counter()
-    share_statistics(accelerator, training.plain_model, training.ema)
+    share_statistics(accelerator, training.unwrapped_model, training.ema)
     loss, correct, images = accelerator.reduce(training.totals.clone(), reduction="sum").tolist()
     row = {"epoch": training.epoch + 1, "train_loss": loss / images, "train_accuracy": correct / images}
     for name, wanted in {"val": recipe.validation, "test": recipe.track_test}.items():
@@ -164,7 +169,7 @@ def finish_epoch(training: Training, splits: Splits) -> None:
     seconds, lr = training.seconds + time.perf_counter() - start, training.optimizer.param_groups[0]["lr"]
     training.history.append({**row, "lr": lr, "seconds": seconds, "train_only_seconds": training.seconds})
     if recipe.select == "best" and row["val_accuracy"] > (training.best or {"val_accuracy": -1})["val_accuracy"]:
-        weights = {name: values.clone() for name, values in training.evaluated.state_dict().items()}
+        weights = {name: values.clone() for name, values in training.eval_model.state_dict().items()}
         training.best = {"val_accuracy": row["val_accuracy"], "model": weights}
     training.epoch, training.step, training.seconds = training.epoch + 1, 0, 0.0
     training.totals.zero_()
@@ -174,10 +179,10 @@ def finish_epoch(training: Training, splits: Splits) -> None:
 
 
 def finish_run(training: Training, splits: Splits, directory: RunDirectory) -> None:
-    """Evaluate the weights that are stored on the test set, once, and write the run's final files."""
+    """Score the weights to be stored on the test set, once, and write the run's final files."""
     recipe = training.recipe
     if training.best:
-        training.evaluated.load_state_dict(training.best["model"])
+        training.eval_model.load_state_dict(training.best["model"])
     logits = {"val": _logits(training, splits["val"])} if recipe.validation else {}
     logits["test"] = _logits(training, splits["test"])
     if recipe.flip_tta:
@@ -190,12 +195,11 @@ def finish_run(training: Training, splits: Splits, directory: RunDirectory) -> N
 
 
 def _logits(training: Training, split: Split, flip_tta: bool = False):
-    return gather_logits(training.evaluated, split, training.recipe, training.accelerator, flip_tta)
+    return gather_logits(training.eval_model, split, training.recipe, training.accelerator, flip_tta)
 
 
-def _progress(loader: TrainLoader, training: Training):
-    """A bar for people, in the main process alone."""
-    if not training.accelerator.is_main_process:
-        return loader
-    label = f"epoch {training.epoch + 1}/{training.recipe.epochs}"
-    return progress(loader, label, sys.stdout, mininterval=5, ncols=80, unit="step")
+def _progress(training: Training):
+    """A bar of the epoch's steps, in the main process alone."""
+    label, hidden = f"epoch {training.epoch + 1}/{training.recipe.epochs}", not training.accelerator.is_main_process
+    place = {"total": training.steps_per_epoch, "initial": training.step, "unit": "step"}
+    return progress(None, label, sys.stdout, hidden, mininterval=5, ncols=80, **place)

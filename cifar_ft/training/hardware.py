@@ -73,10 +73,11 @@ def choose_plan(recipe: Recipe, backbone: str, device: torch.device) -> Plan:
     if device.type != "cpu":
         return Plan("fp32" if asked == "auto" else asked)
     precision, why = (asked, "as asked") if asked != "auto" else cpu_precision(backbone, *_processor())
+    why += "; --set precision=fp32 overrides this" if (asked, precision) == ("auto", "bf16") else ""
     plan = Plan(precision, min(torch.get_num_threads(), usable_cpus()))
     if not survives(recipe.replace(backbone=backbone), plan):
         plan = Plan(precision, plan.threads, onednn=False)
-    log.info(f"Training in {plan} ({why}; to choose the precision yourself: --set precision=fp32)")
+    log.info(f"Training in {plan} ({why})")
     return plan
 
 
@@ -97,14 +98,15 @@ def cpu_precision(backbone: str, vendor: str, features: frozenset[str]) -> tuple
 def survives(recipe: Recipe, plan: Plan) -> bool:
     """Whether oneDNN survives a training step of this recipe: on some AMD processors it dies of SIGFPE.
 
-    Tried on AMD processors alone, in a process of its own (pytorch/pytorch#177227). The answer for a machine, PyTorch,
-    network, size and batch is kept in the data folder; one that cannot be kept costs the time of another trial.
+    Tried on AMD processors alone, in a process of its own (pytorch/pytorch#177227). The answer is kept in the data
+    folder; one that cannot be kept costs the time of another trial.
     """
     if _processor()[0] != "AuthenticAMD":
         return True
-    size = f"{recipe.backbone}-{recipe.image_size}px-{recipe.batch_size}-{recipe.freeze}-{plan.precision}"
-    machine = hashlib.sha256(hardware().encode()).hexdigest()[:8]
-    file = data_root() / "onednn" / f"{machine}-torch-{torch.__version__}-{size}.txt"
+    # Whatever decides which convolutions oneDNN meets, and where.
+    shapes = ("backbone", "stem", "max_pool", "last_stage", "freeze", "image_size", "train_sizes", "batch_size")
+    question = [describe_machine(), torch.__version__, plan.precision, *(getattr(recipe, name) for name in shapes)]
+    file = data_root() / "onednn" / f"{hashlib.sha256(repr(question).encode()).hexdigest()[:16]}.txt"
     with suppress(OSError, UnicodeDecodeError):
         if (known := file.read_text(encoding="ascii")) in ("survives", "crashes"):
             return known == "survives"
@@ -130,15 +132,16 @@ def _trial(recipe: Recipe, plan: Plan) -> int | None:
 
 
 def trial_step(recipe: Recipe, precision: str) -> None:
-    """One step forward and backward on random weights and images, as training computes it on a CPU."""
+    """A step forward and backward at each image size, on random weights and images, as training computes it."""
     model = speed_up(build_model(recipe.replace(weights="none")).train().to(memory_format=torch.channels_last))
-    images = torch.randn(recipe.batch_size, 3, recipe.image_size, recipe.image_size)
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        logits = model(images.contiguous(memory_format=torch.channels_last)).float()
-    F.cross_entropy(logits, torch.arange(recipe.batch_size) % 10).backward()
+    for size in sorted({recipe.image_size, *recipe.train_sizes}):
+        images = torch.randn(recipe.batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(images).float()
+        F.cross_entropy(logits, torch.arange(recipe.batch_size) % 10).backward()
 
 
-def hardware() -> str:
+def describe_machine() -> str:
     """One line on the machine: processor, threads, and the GPU if there is one."""
     name = _cpuinfo("model name") or platform.processor() or platform.machine()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""

@@ -26,7 +26,7 @@ from cifar_ft.recipes import Recipe
 from cifar_ft.results import fit_calibration, wilson_interval
 from cifar_ft.training.checkpoint import RunDirectory
 from cifar_ft.training.faults import TrainingError
-from cifar_ft.training.hardware import hardware
+from cifar_ft.training.hardware import describe_machine
 from cifar_ft.training.state import Training
 
 HISTORY = (
@@ -77,7 +77,7 @@ def describe_run(training: Training, data: Cifar10, splits: dict[str, Split]) ->
         "plan": asdict(training.plan),
         "code": code_digests(),
         "versions": _versions(),
-        "hardware": hardware(),
+        "hardware": describe_machine(),
     }
 
 
@@ -96,7 +96,7 @@ def write_run(directory: RunDirectory, training: Training, splits: dict[str, Spl
     for name in logits.keys() & labels.keys():
         np.savez(buffer := io.BytesIO(), logits=logits[name].numpy(), labels=labels[name].numpy())
         directory.write(f"{name}_logits.npz", buffer.getvalue())
-    weights = {name: tensor.contiguous().cpu() for name, tensor in training.evaluated.state_dict().items()}
+    weights = {name: tensor.contiguous().cpu() for name, tensor in training.eval_model.state_dict().items()}
     # One entry of metadata: safetensors writes several in any order, and equal weights would be unequal files.
     directory.write("model.safetensors", to_safetensors(weights, {"format": "pt"}))
 
@@ -121,7 +121,7 @@ def write_run(directory: RunDirectory, training: Training, splits: dict[str, Spl
         "train_seconds": sum(row["seconds"] for row in epochs),
         "images_per_second": len(splits["train"]) * recipe.epochs / sum(row["train_only_seconds"] for row in epochs),
         "peak_memory_mb": peak_memory_mb(),
-        "hardware": hardware(),
+        "hardware": describe_machine(),
         "versions": _versions(),
     }
     directory.write_json("metrics.json", metrics)

@@ -32,7 +32,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     ema: nn.Module | None  # the moving average of the weights, where the recipe wants one
     weights_info: dict  # see `models.build_model`
-    accumulation: int  # parts that a process cuts its batch into, to save memory
+    accumulation: int  # micro-batches that a process cuts its batch into, to save memory
     steps_per_epoch: int = 1
     seconds: float = 0.0  # of the running epoch, evaluation aside
     epoch: int = 0  # epochs finished
@@ -50,27 +50,27 @@ class Training:
         self.diverged = torch.full((), -1, dtype=torch.long, device=device), torch.zeros((), device=device)
 
     @property
-    def plain_model(self) -> nn.Module:
+    def unwrapped_model(self) -> nn.Module:
         """The model without the wrapper that several processes put around it."""
         return self.accelerator.unwrap_model(self.model)
 
     @property
-    def evaluated(self) -> nn.Module:
+    def eval_model(self) -> nn.Module:
         """The model that is evaluated and stored: the moving average where there is one."""
-        return self.plain_model if self.ema is None else self.ema
+        return self.unwrapped_model if self.ema is None else self.ema
 
     @property
-    def total_steps(self) -> int:
+    def global_step(self) -> int:
         """Steps finished since training began."""
         return self.epoch * self.steps_per_epoch + self.step
 
     @property
-    def at_last(self) -> bool:
+    def is_last_step(self) -> bool:
         """Whether the running step is the epoch's last."""
         return self.step + 1 == self.steps_per_epoch
 
     def measure(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a part of a step to the metrics; the loss is the plain cross-entropy, whatever the recipe smooths."""
+        """Add a micro-batch to the metrics; the loss is the plain cross-entropy, whatever the recipe smooths."""
         loss = F.cross_entropy(logits, labels, reduction="sum")
         self.running += torch.stack([loss, (logits.argmax(1) == labels).sum(), loss.new_tensor(len(labels))])
 
@@ -94,7 +94,7 @@ class Training:
         scaler = self.accelerator.scaler  # of fp16
         return {
             **place,
-            "model": self.plain_model.state_dict(),
+            "model": self.unwrapped_model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "totals": self.accelerator.reduce(self.totals.clone(), reduction="sum"),
@@ -103,7 +103,7 @@ class Training:
 
     def restore(self, state: dict) -> None:
         """The inverse of `state`; what all processes had measured continues in the first one."""
-        self.plain_model.load_state_dict(state["model"])
+        self.unwrapped_model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
@@ -113,6 +113,7 @@ class Training:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         for key in self.PLACE:
             setattr(self, key, state[key])
+        self.accumulation = max(state["accumulation"], self.recipe.accumulation)  # a resumed run may ask for more
 
 
 def prepare(recipe: Recipe, model: nn.Module, plan: Plan) -> Training:

@@ -33,7 +33,7 @@ def batches(split, *place, start=0, **settings):
 def test_a_loader_yields_each_image_once_with_its_label_and_in_another_order():
     split = numbered(997)
     found = batches(split, batch_size=64)
-    assert [len(batch.labels) for batch in found] == [batch.size for batch in found] == [64] * 15 + [37]
+    assert [len(batch.labels) for batch in found] == [batch.global_size for batch in found] == [64] * 15 + [37]
     assert all(batch.images.shape[1:] == (3, 32, 32) and batch.images.dtype == torch.uint8 for batch in found)
     seen = torch.cat([position(batch.images) for batch in found])
     assert torch.equal(seen.sort().values, torch.arange(997))
@@ -78,8 +78,8 @@ def test_three_processes_share_the_global_batches_of_one():
     for batch, *parts in zip(whole, *shares, strict=True):
         for rank, part in enumerate(parts):
             assert torch.equal(position(part.images), position(batch.images)[rank::3])
-            assert (part.size, part.seed) == (batch.size, batch.seed)
-            drawn = torch.arange(batch.size)
+            assert (part.global_size, part.seed) == (batch.global_size, batch.seed)
+            drawn = torch.arange(batch.global_size)
             assert torch.equal(part.share(drawn), drawn[rank::3])
 
 
@@ -111,7 +111,7 @@ def test_micro_batches_are_the_batch_cut_into_parts_of_at_least_two(parts, world
         assert torch.equal(torch.cat([part.places for part in found]), batch.places)
         assert len(found) == max(1, min(parts, len(batch.images) // 2))
         assert min(len(part.images) for part in found) >= 2
-        assert {(part.size, part.seed) for part in found} == {(batch.size, batch.seed)}
+        assert {(part.global_size, part.seed) for part in found} == {(batch.global_size, batch.seed)}
 
 
 @pytest.mark.parametrize(("n", "sizes"), [(129, [64, 65]), (130, [64, 64, 2]), (1, [1]), (64, [64])])

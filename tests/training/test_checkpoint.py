@@ -68,6 +68,7 @@ def test_with_every_checkpoint_damaged_the_run_starts_again_to_the_same_end(
         file.write_bytes(b"damaged")
     fit(recipe(), small_data, path, resume=True)
     assert sum("is damaged" in line for line in said) == 2
+    assert "Warning: no checkpoint is usable; starting from the beginning" in said
     same_run(whole, path)
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_runs import recipe, same_run, weights
+from tiny_runs import interrupted, recipe, same_run, weights
 
 from cifar_ft import models, transforms
 from cifar_ft.data import Split, TrainLoader
@@ -44,14 +44,17 @@ def short_of_memory(monkeypatch, images, error=None):
 @pytest.mark.parametrize(
     "error", [None, RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")]
 )
-def test_where_memory_is_short_a_batch_is_computed_in_parts(small_data, tmp_path, monkeypatch, error, said):
+def test_where_memory_is_short_a_batch_is_computed_in_micro_batches(small_data, tmp_path, monkeypatch, error, said):
     mine = recipe(freeze_batchnorm=True, ema_decay=0.0, checkpoint_steps=0, precision="fp32")
     fit(mine, small_data, tmp_path / "whole")
     short_of_memory(monkeypatch, 7, error)
     fit(mine, small_data, tmp_path / "parts")
     announced = [line for line in said if "Out of memory" in line]
-    assert [line.split(" parts of up to ")[0][-1] for line in announced] == ["2", "4"]  # once each, for the whole run
-    assert "4 parts of up to 6 images" in announced[-1]
+    assert [line.split(" micro-batches of up to ")[0][-1] for line in announced] == [
+        "2",
+        "4",
+    ]  # once each, for the whole run
+    assert "4 micro-batches of up to 6 images" in announced[-1]
     assert "BatchNorm" in announced[-1]
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     for name in whole:  # the same steps, so the same weights but for rounding
@@ -74,7 +77,7 @@ def test_another_error_of_the_model_is_not_taken_for_short_memory(small_data, tm
         fit(recipe(), small_data, tmp_path / "run")
 
 
-def test_a_run_in_parts_is_resumed_in_parts(small_data, tmp_path, monkeypatch):
+def test_a_run_in_micro_batches_is_resumed_in_them(small_data, tmp_path, monkeypatch):
     short_of_memory(monkeypatch, 12)
     fit(recipe(), small_data, tmp_path / "whole")
     stop_after(monkeypatch, 3)
@@ -150,18 +153,31 @@ def test_the_first_bad_step_is_remembered_where_nobody_looks_at_each():
 
 
 @pytest.mark.parametrize(
-    ("device", "checkpoint_steps", "looked"),
-    [("cpu", 0, [1, 2, 7, 50, 60]), ("cuda", 0, [50, 60]), ("cuda", 7, [7, 50, 60]), ("cuda", 2, [2, 50, 60])],
+    ("device", "saving", "looked"),
+    [("cpu", [], [1, 2, 7, 50, 60]), ("cuda", [], [50, 60]), ("cuda", [2, 7], [2, 7, 50, 60])],
 )
-def test_a_gpu_is_looked_at_now_and_then_and_before_each_checkpoint(device, checkpoint_steps, looked):
-    training, loader = watched(device, checkpoint_steps=checkpoint_steps)
+def test_a_gpu_is_looked_at_now_and_then_and_before_a_checkpoint_is_saved(device, saving, looked):
+    training, loader = watched(device)
     training.diverged, found = (torch.tensor(0), torch.tensor(200.0)), []
     for training.step in (1, 2, 7, 50, 60):
         try:
-            check_loss(training, loader)
+            check_loss(training, loader, training.step in saving)
         except TrainingError:
             found.append(training.step)
     assert found == looked
+
+
+def test_more_micro_batches_may_be_asked_for_on_resume(small_data, tmp_path, monkeypatch):
+    interrupted(monkeypatch, small_data, tmp_path / "run", 3)
+    sizes, check = [], Training.measure
+
+    def spy(training, logits, labels):
+        sizes.append(len(labels))
+        check(training, logits, labels)
+
+    monkeypatch.setattr(Training, "measure", spy)
+    fit(recipe(accumulation=4), small_data, tmp_path / "run", resume=True)
+    assert set(sizes) == {6}  # batches of 24
 
 
 def stop_after(monkeypatch, nth, number=signal.SIGINT):

@@ -10,7 +10,7 @@ import torch
 
 from cifar_ft import CifarFtError
 from cifar_ft.recipes import get_recipe
-from cifar_ft.training import Plan, choose_plan, hardware, usable_cpus
+from cifar_ft.training import Plan, choose_plan, describe_machine, usable_cpus
 from cifar_ft.training.hardware import cpu_precision, trial_step
 
 machine = sys.modules["cifar_ft.training.hardware"]  # `training.hardware` is the function
@@ -52,7 +52,7 @@ def test_the_choice_is_said_with_its_reason_and_can_be_overruled(processor, said
     processor("GenuineIntel", AMX)
     assert choose_plan(recipe(), "resnet18", CPU).precision == "bf16"
     assert said[-1].startswith("Training in bf16, ")
-    assert "the processor has AMX; to choose the precision yourself: --set precision=fp32" in said[-1]
+    assert "(the processor has AMX; --set precision=fp32 overrides this)" in said[-1]
     assert choose_plan(recipe(precision="fp32"), "resnet18", CPU).precision == "fp32"
     assert "as asked" in said[-1]
 
@@ -197,5 +197,5 @@ def test_without_affinity_all_processors_count(quota, monkeypatch):
 
 
 def test_the_machine_is_named_in_one_line():
-    assert "threads" in hardware()
-    assert "\n" not in hardware()
+    assert "threads" in describe_machine()
+    assert "\n" not in describe_machine()
