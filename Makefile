@@ -11,7 +11,7 @@ READY    := $(VENV)/.installed
 .PHONY: help course lab app test lint record ship benchmarks badges report clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## */  make \1@/p' Makefile | awk -F@ '{ printf "%-15s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z]*\):.*## */  make \1@/p' Makefile | awk -F@ '{ printf "%-17s %s\n", $$1, $$2 }'
 	@echo 'Variables: RECIPE=quick  ARGS="-p SEED=1"  PYTHON=python3.12  PIP_ARGS="..." (for pip install)'
 
 course: $(READY)  ## run the six notebooks; RECIPE=quick, ARGS for more options

@@ -29,5 +29,5 @@ class _Lines(logging.Handler):
 log = logging.getLogger("cifar_ft")
 if not log.handlers:
     log.addHandler(_Lines())
-    log.setLevel(logging.INFO)
+    log.setLevel(log.level or logging.INFO)
     log.propagate = False  # a root logger with a handler of its own, as on Colab, would say everything twice

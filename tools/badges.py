@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from dataclasses import dataclass
@@ -128,5 +129,6 @@ def _rewritten(path: Path, address: Address) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # there are none: --help, and a refusal of others
     for changed in rewrite_badges():
         print(f"wrote {changed}")

@@ -6,6 +6,7 @@ shows. Prose states no number of its own: it names the row of a table, and a tes
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -280,5 +281,6 @@ def figures(folder: Path) -> dict[str, Figure]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # there are none: --help, and a refusal of others
     for written in write_report():
         print(f"wrote {written}")

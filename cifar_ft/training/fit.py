@@ -97,7 +97,7 @@ def set_up(recipe: Recipe, directory: RunDirectory) -> Training:
     plan = None
     if state.is_main_process:
         share = recipe.replace(batch_size=max(2, recipe.batch_size // state.num_processes))
-        plan = Plan(**stored) if stored else choose_plan(share, model.weights_info["backbone"], state.device)
+        plan = Plan.stored(stored) if stored else choose_plan(share, model.weights_info["backbone"], state.device)
     return prepare(recipe, model, broadcast_object_list([plan])[0])
 
 

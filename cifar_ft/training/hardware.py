@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -37,6 +37,12 @@ class Plan:
     precision: str  # fp32 | bf16 | fp16
     threads: int | None = None  # of a CPU; None: as many as PyTorch takes
     onednn: bool = True  # the CPU library for convolutions, off where it crashes
+
+    @classmethod
+    def stored(cls, values: dict) -> Plan:
+        """The plan of a run's config.json, which another version may have written."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
 
     def apply(self) -> None:
         """Set what is global to the process: threads and oneDNN."""
