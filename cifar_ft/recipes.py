@@ -44,7 +44,7 @@ Flag = Annotated[StrictBool, BeforeValidator(_flag)]
 Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number)]
 Size = Annotated[Int, Field(ge=16, le=512)]  # pixels
-Choice = BeforeValidator(_none)  # of a field that may be None
+OrNone = BeforeValidator(_none)  # of a field that may be None
 
 
 class Recipe(BaseModel):
@@ -60,7 +60,7 @@ class Recipe(BaseModel):
     stem: Literal["pretrained", "cifar_random", "cifar_resampled"] = "pretrained"
     max_pool: Flag = True  # keep the ResNet's max-pool after the stem
     last_stage: Annotated[
-        Literal[1, 2, 3, None], Choice, BeforeValidator(lambda v: int(v) if v in ("1", "2", "3") else v)
+        Literal[1, 2, 3, None], OrNone, BeforeValidator(lambda v: int(v) if v in ("1", "2", "3") else v)
     ] = None  # cut a ResNet after this stage
     head_init: Literal["small", "default"] = "small"  # small: std 0.01 and no bias; default: PyTorch's, as published
     # the part from the input on that keeps its weights and statistics
@@ -75,9 +75,9 @@ class Recipe(BaseModel):
     crop_padding: Int = Field(4, ge=0, le=16)
     flip: Flag = True
     cutout: Int = Field(0, ge=0, le=32)  # side of a square of mean colour, in pixels of the 32-pixel image; 0: none
-    train_images: Annotated[Int | None, Choice] = Field(None, ge=10, le=50_000)
-    val_images: Annotated[Int | None, Choice] = Field(None, ge=10, le=5_000)
-    test_images: Annotated[Int | None, Choice] = Field(None, ge=10, le=10_000)
+    train_images: Annotated[Int | None, OrNone] = Field(None, ge=10, le=50_000)
+    val_images: Annotated[Int | None, OrNone] = Field(None, ge=10, le=5_000)
+    test_images: Annotated[Int | None, OrNone] = Field(None, ge=10, le=10_000)
     validation: Flag = True  # False: train on all 50,000 images, as the published code does
     # the training
     epochs: Int = Field(2, ge=1, le=10_000)

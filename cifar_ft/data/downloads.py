@@ -1,8 +1,8 @@
 """Bring a file here: over HTTP with `download`, which resumes, retries and verifies, or with the npm client.
 
-Measured against a local server, no library keeps all of this: huggingface_hub takes 23 s to leave a host that refuses
-and minutes for one that is silent, starts over in the next process and accepts wrong bytes; pooch and torch.hub never
-resume.
+No library keeps all of this. Measured against a local server, huggingface_hub takes 23 s to leave a host that refuses,
+had not left a silent one after 100 s, starts over in the next process and accepts wrong bytes. By their code, pooch and
+torch.hub do not resume.
 """
 
 from __future__ import annotations

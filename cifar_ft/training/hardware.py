@@ -98,7 +98,7 @@ def cpu_precision(backbone: str, vendor: str, features: frozenset[str]) -> tuple
         return "bf16", "the processor has AMX"
     if vendor == "AuthenticAMD" and "avx512_bf16" in features and backbone.startswith("resnet"):
         return "bf16", "faster for ResNets on AMD processors with AVX-512 BF16"
-    return "fp32", "bf16 is not faster here"
+    return "fp32", "bf16 was not measured to be faster on a processor like this"
 
 
 def survives(recipe: Recipe, plan: Plan) -> bool:

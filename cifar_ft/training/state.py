@@ -18,7 +18,7 @@ from cifar_ft.training.distributed import cpu_only, synchronize_batchnorm
 from cifar_ft.training.hardware import Plan
 from cifar_ft.training.optim import make_optimizer
 
-LOSS_LIMIT = 100.0  # nats; a guess by chance among ten classes costs 2.3, so a loss beyond this never comes back
+LOSS_LIMIT = 100.0  # nats; beyond this training counts as diverged: a guess by chance among ten classes costs 2.3
 
 
 @dataclass

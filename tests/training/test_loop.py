@@ -79,10 +79,10 @@ def test_a_frozen_backbone_is_bit_for_bit_the_same_after_fit(small_data, tmp_pat
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"fc.weight", "fc.bias"}
 
 
-def test_pieces_that_are_asked_for_are_the_same_steps(small_data, tmp_path):
+def test_micro_batches_that_are_asked_for_are_the_same_steps(small_data, tmp_path):
     one = fit(recipe(freeze_batchnorm=True, checkpoint_steps=0), small_data, tmp_path / "one")
-    for pieces in (5, 24, 1000):
-        mine = recipe(freeze_batchnorm=True, checkpoint_steps=0, accumulation=pieces)
-        run = fit(mine, small_data, tmp_path / str(pieces))
+    for number in (5, 24, 1000):
+        mine = recipe(freeze_batchnorm=True, checkpoint_steps=0, accumulation=number)
+        run = fit(mine, small_data, tmp_path / str(number))
         np.testing.assert_allclose(run.history.train_loss, one.history.train_loss, rtol=1e-4)
         assert list(run.history.train_accuracy) == pytest.approx(list(one.history.train_accuracy), abs=0.02)
