@@ -1,11 +1,11 @@
-"""Training batches: shuffled by seed and epoch alone, shared among processes, cut into micro-batches.
+"""Training batches: shuffled by seed and epoch alone, shared among processes.
 
 The whole dataset is in memory, so a batch is one gather by index, and no worker process is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,40 +16,28 @@ from cifar_ft.data.cifar10 import Split, to_device
 from cifar_ft.recipes import Recipe
 
 
+Draw = Callable[[int, int, torch.Generator], tuple[Tensor, ...]]
+
+
 @dataclass(frozen=True)
 class Batch:
-    """This process's share of a global batch; with gradient accumulation, a micro-batch of that share.
+    """This process's share of a global batch.
 
     Attributes
     ----------
     images : uint8 Tensor [B, 3, 32, 32]
     labels : int64 Tensor [C]
         Of the first C images, those that count; the others only fill a share that is too small for BatchNorm.
+    draws : tuple of Tensors [B, ...]
+        What `draw` drew for these images.
     global_size : int
         Images of the global batch.
-    places : int64 Tensor [B]
-        Which images of the global batch these are.
-    seed : int
-        Of the global batch's augmentation.
-    last : bool
-        Whether it is the last micro-batch of its step.
     """
 
     images: Tensor
     labels: Tensor
+    draws: tuple[Tensor, ...]
     global_size: int
-    places: Tensor
-    seed: int
-    last: bool = True
-
-    @property
-    def generator(self) -> torch.Generator:
-        """Fresh randomness for the global batch, the same on every process and after a resume."""
-        return torch.Generator().manual_seed(self.seed)
-
-    def share(self, values: Tensor) -> Tensor:
-        """Of values that were drawn for the global batch, those of these images, on their device."""
-        return to_device(values[self.places], self.images.device)
 
 
 class TrainLoader:
@@ -59,19 +47,23 @@ class TrainLoader:
     plain one. Process `rank` takes every `world`-th image of each. A single image that would be left over joins the
     batch before it, and a share of a single image is filled up with others: BatchNorm cannot be trained on one image.
 
+    Parameters
+    ----------
+    draw : function of a number of images, `recipe.crop_padding` and a generator
+        Draws the augmentation of a global batch, as `transforms.draw` does. It is drawn for a whole epoch before its
+        first step and brought to the images' device at once, so that a GPU is not waited for at each step.
+
     Attributes
     ----------
     sizes : list of int
         Images in each global batch; their number is the number of steps.
     start : int
         Steps that are left out, since they were trained before the run was resumed.
-    accumulation : int
-        Micro-batches that each share is cut into.
     """
 
-    def __init__(self, split: Split, recipe: Recipe, epoch: int = 0, rank: int = 0, world: int = 1):
-        self.split, self.seed, self.epoch, self.rank, self.world = split, recipe.seed, epoch, rank, world
-        self.start, self.accumulation, n = 0, recipe.accumulation, len(split)
+    def __init__(self, split: Split, recipe: Recipe, draw: Draw, epoch: int = 0, rank: int = 0, world: int = 1):
+        self.split, self.seed, self.padding, self.draw = split, recipe.seed, recipe.crop_padding, draw
+        self.epoch, self.rank, self.world, self.start, n = epoch, rank, world, 0, len(split)
         self.sizes = [min(recipe.batch_size, n - first) for first in range(0, n, recipe.batch_size)]
         if len(self.sizes) > 1 and self.sizes[-1] == 1:
             self.sizes[-2:] = [self.sizes[-2] + 1]
@@ -80,18 +72,21 @@ class TrainLoader:
         return len(self.sizes)
 
     def __iter__(self) -> Iterator[Batch]:
-        for step, members in enumerate(self.order().split(self.sizes)):
-            if step < self.start:
-                continue
-            places, counted = self._share(len(members))
-            images, labels = self.split[members[places]]
-            cuts = max(1, min(self.accumulation, len(places) // 2))
-            seed, done = epoch_seed(self.seed, self.epoch, step + 1), 0
-            for part in places.tensor_split(cuts):
-                rows = slice(done, done + len(part))
-                done += len(part)
-                micro_labels = labels[:counted][rows]
-                yield Batch(images[rows], micro_labels, len(members), part, seed, last=done == len(places))
+        # Which images of the epoch each batch holds, how many of them count, and their augmentation.
+        members, counts, draws = [], [], []
+        for step, batch in enumerate(self.order().split(self.sizes)):
+            if step >= self.start:
+                places, counted = self._share(len(batch))
+                generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch, step + 1))
+                draws.append([values[places] for values in self.draw(len(batch), self.padding, generator)])
+                members.append(batch[places])
+                counts.append(counted)
+        shares = [len(batch) for batch in members]
+        epoch = [members, *zip(*draws, strict=True)]
+        epoch = [to_device(torch.cat(values), self.split.images.device).split(shares) for values in epoch]
+        for size, counted, batch, *drawn in zip(self.sizes[self.start :], counts, *epoch, strict=True):
+            images, labels = self.split[batch]
+            yield Batch(images, labels[:counted], tuple(drawn), size)
 
     def order(self) -> Tensor:
         """Positions [N] in the split, in the order of this epoch."""

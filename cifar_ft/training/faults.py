@@ -32,6 +32,8 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def use_less_memory(training: Training, loader: TrainLoader) -> None:
     """From now on compute each batch in twice as many micro-batches, beginning with the step that failed.
 
+    A recorded step holds the memory of a whole batch; where there is one, dropping it is tried first.
+
     Raises
     ------
     TrainingError
@@ -48,10 +50,13 @@ def use_less_memory(training: Training, loader: TrainLoader) -> None:
             f"out of memory with only {-(-images // training.accumulation)} images at a time; "
             f"use a smaller image_size than {recipe.image_size}, or freeze a part of the model"
         )
-    training.accumulation = number
     training.forget_step()
+    recorded = training.replay.forget()
     if training.accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
+    if recorded:
+        return
+    training.accumulation = number
     log.warning(
         f"Out of memory: from now on a batch is computed in {number} micro-batches of up to "
         f"{-(-images // number)} images. The steps stay the same, but BatchNorm sees one micro-batch at a time"

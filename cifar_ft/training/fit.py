@@ -24,7 +24,9 @@ from cifar_ft.training.distributed import gather_logits, share_statistics, start
 from cifar_ft.training.faults import StopRequest, check_loss, is_out_of_memory, stop, use_less_memory
 from cifar_ft.training.hardware import Plan, choose_plan, keep_memory
 from cifar_ft.training.loop import train_epoch
+from cifar_ft.training.optim import lr_factor
 from cifar_ft.training.probe import fit_head
+from cifar_ft.training.replay import own_stream
 from cifar_ft.training.run_files import describe_run, new_run_dir, write_run
 from cifar_ft.training.state import Training, prepare
 
@@ -61,7 +63,7 @@ def fit(recipe: Recipe, data: Cifar10, run_dir: str | Path | None = None, *, res
     keep_memory()
     state = start_processes()
     run_dir = Path(broadcast_object_list([str(run_dir or new_run_dir(recipe))])[0])
-    with RunDirectory(run_dir, active=state.is_main_process) as directory:
+    with own_stream(state.device), RunDirectory(run_dir, active=state.is_main_process) as directory:
         if resume and (run_dir / "metrics.json").exists():
             directory.check({"recipe": recipe.to_dict(), "data": {"digest": data.digest}})
             log.info(f"{show_path(run_dir)} is finished; nothing to resume")
@@ -123,7 +125,9 @@ def start_or_resume(training: Training, train: Split, directory: RunDirectory, r
 def run_epoch(training: Training, train: Split, directory: RunDirectory, request: StopRequest) -> None:
     """Train through the rest of an epoch; save and stop where asked, and continue with less memory where it must be."""
     recipe, accelerator = training.recipe, training.accelerator
-    loader = TrainLoader(train, recipe, training.epoch, accelerator.process_index, accelerator.num_processes)
+    loader = TrainLoader(
+        train, recipe, transforms.draw, training.epoch, accelerator.process_index, accelerator.num_processes
+    )
     training.steps_per_epoch, start = len(loader), time.perf_counter() - training.seconds
 
     def after_step() -> None:
@@ -139,7 +143,7 @@ def run_epoch(training: Training, train: Split, directory: RunDirectory, request
 
     with _progress(training) as bar:
         while training.step < len(loader):
-            loader.start, loader.accumulation = training.step, training.accumulation
+            loader.start = training.step
             try:
                 train_epoch(training, loader, after_step)
                 continue
@@ -166,7 +170,9 @@ def finish_epoch(training: Training, splits: Splits) -> None:
             logits, labels = _logits(training, splits[name]), splits[name].labels.cpu()
             row[f"{name}_loss"] = F.cross_entropy(logits, labels).item()
             row[f"{name}_accuracy"] = (logits.argmax(1) == labels).double().mean().item()
-    seconds, lr = training.seconds + time.perf_counter() - start, training.optimizer.param_groups[0]["lr"]
+    seconds = training.seconds + time.perf_counter() - start
+    factor = lr_factor(recipe, training.global_step - 1, training.steps_per_epoch)
+    lr = training.optimizer.param_groups[0]["base_lr"] * factor  # of the last step
     training.history.append({**row, "lr": lr, "seconds": seconds, "train_only_seconds": training.seconds})
     if recipe.select == "best" and row["val_accuracy"] > (training.best or {"val_accuracy": -1})["val_accuracy"]:
         weights = {name: values.clone() for name, values in training.eval_model.state_dict().items()}

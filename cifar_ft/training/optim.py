@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from itertools import chain, compress
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cifar_ft import models
 from cifar_ft.recipes import Recipe
@@ -32,9 +33,19 @@ def lr_factor(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group's learning rate to `factor` times its base."""
+    """Set every group's learning rate to `factor` times its base.
+
+    On an NVIDIA GPU the rate is a float32 tensor there, which a recorded step reads anew and which is set without
+    waiting; elsewhere a float.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        lr, device = group["base_lr"] * factor, group["params"][0].device
+        if device.type != "cuda":
+            group["lr"] = lr
+        elif isinstance(group["lr"], Tensor) and group["lr"].device == device:
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = torch.full((), lr, device=device)
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -62,8 +73,9 @@ def move_average(average: nn.Module, model: nn.Module, decay: float, step: int, 
     if (step + 1) % EMA_EVERY and not last:
         return
     decay = min(decay, (1 + step) / (10 + step)) ** EMA_EVERY
-    for averaged, current in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-        if averaged.is_floating_point():
-            averaged.lerp_(current, 1 - decay)
-        else:
-            averaged.copy_(current)
+    averaged, current = (list(chain(each.parameters(), each.buffers())) for each in (average, model))
+    moving = [tensor.is_floating_point() for tensor in averaged]
+    torch._foreach_lerp_(list(compress(averaged, moving)), list(compress(current, moving)), 1 - decay)
+    counters = [not flag for flag in moving]
+    if any(counters):
+        torch._foreach_copy_(list(compress(averaged, counters)), list(compress(current, counters)))

@@ -17,6 +17,7 @@ from cifar_ft.training.convolutions import speed_up
 from cifar_ft.training.distributed import cpu_only, synchronize_batchnorm
 from cifar_ft.training.hardware import Plan
 from cifar_ft.training.optim import make_optimizer
+from cifar_ft.training.replay import Replay
 
 LOSS_LIMIT = 100.0  # nats; beyond this training counts as diverged: a guess by chance among ten classes costs 2.3
 
@@ -33,6 +34,7 @@ class Training:
     ema: nn.Module | None  # the moving average of the weights, where the recipe wants one
     weights_info: dict  # see `models.build_model`
     accumulation: int  # micro-batches that a process cuts its batch into, to save memory
+    replay: Replay = field(default_factory=Replay)  # how a step is called
     steps_per_epoch: int = 1
     seconds: float = 0.0  # of the running epoch, evaluation aside
     epoch: int = 0  # epochs finished
@@ -72,13 +74,13 @@ class Training:
     def measure(self, logits: Tensor, labels: Tensor) -> None:
         """Add a micro-batch to the metrics; the loss is the plain cross-entropy, whatever the recipe smooths."""
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        self.running += torch.stack([loss, (logits.argmax(1) == labels).sum(), loss.new_tensor(len(labels))])
+        self.running += torch.stack([loss, (logits.argmax(1) == labels).sum(), torch.full_like(loss, len(labels))])
 
     def finish_step(self) -> None:
         """Close the running step: its metrics join the epoch's, and a loss that has diverged is remembered."""
         loss, (where, value) = self.running[0] / self.running[2].clamp(min=1), self.diverged
         new = ~(loss < LOSS_LIMIT) & (where < 0)  # a comparison with NaN is false
-        self.diverged = torch.where(new, self.step, where), torch.where(new, loss, value)
+        self.diverged = where.masked_fill(new, self.step), torch.where(new, loss, value)
         self.totals += self.running
         self.running.zero_()
         self.step += 1
@@ -136,4 +138,8 @@ def prepare(recipe: Recipe, model: nn.Module, plan: Plan) -> Training:
     if recipe.compile:
         model.compile()  # in place, so that names in the state dict stay
     model, optimizer = accelerator.prepare(model, make_optimizer(model, recipe))
-    return Training(recipe, accelerator, plan, model, optimizer, ema, info, recipe.accumulation)
+    training = Training(recipe, accelerator, plan, model, optimizer, ema, info, recipe.accumulation)
+    alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1
+    if alone and accelerator.scaler is None and not recipe.compile:  # the scaler of fp16 decides on the CPU
+        training.replay.batch_size = recipe.batch_size
+    return training

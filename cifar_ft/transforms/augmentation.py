@@ -48,7 +48,7 @@ def cut_out(images: Tensor, centres: Tensor, side: int, normalization: str = "im
     normalization : whose mean colour it is: 0 after `normalize`.
     """
     height, width = images.shape[-2:]
-    tops, lefts = ((centres * centres.new_tensor([height, width])).long() - side // 2).T
+    tops, lefts = ((centres[:, i] * length).long() - side // 2 for i, length in enumerate((height, width)))
     rows = torch.arange(height, device=images.device) - tops[:, None]
     columns = torch.arange(width, device=images.device) - lefts[:, None]
     inside = ((rows >= 0) & (rows < side))[:, None, :, None] & ((columns >= 0) & (columns < side))[:, None, None, :]

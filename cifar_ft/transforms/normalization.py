@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,8 @@ def to_input(images: Tensor, size: int, normalization: str) -> Tensor:
     return resize(normalize(images, normalization), size).contiguous(memory_format=torch.channels_last)
 
 
+@cache
 def channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """One value a channel, to be combined with images [B, 3, H, W]."""
-    return torch.tensor(values, device=device).view(1, 3, 1, 1)
+    """One value a channel, to be combined with images [B, 3, H, W]; made once, since a GPU has to be waited for."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(1, 3, 1, 1)
