@@ -9,4 +9,6 @@ from cifar_ft.training.hardware import Plan, choose_plan, describe_machine, keep
 from cifar_ft.training.loop import train_epoch
 from cifar_ft.training.optim import lr_factor, make_optimizer, move_average, set_lr
 from cifar_ft.training.probe import fit_head
+from cifar_ft.training.replay import Replay
 from cifar_ft.training.run_files import new_run_dir, peak_memory_mb, stored_recipe
+from cifar_ft.training.state import Training, prepare
