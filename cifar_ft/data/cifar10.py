@@ -148,7 +148,9 @@ def load_samples() -> Split:
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """A small tensor on the device; a GPU is not waited for."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 def pixel_statistics(images: Tensor) -> dict[str, tuple[float, ...]]:
