@@ -117,7 +117,8 @@ CASES = {  # small steps of every kind
         "modern", {**RANDOM, "image_size": 64, "batch_size": 64, "accumulation": 2}
     ),
     "lite0 64 px bf16 AdamW": get_recipe(
-        "quick", {**RANDOM, "backbone": "efficientnet_lite0", "image_size": 64, "train_sizes": (64, 80), "freeze": "none"}
+        "quick",
+        {**RANDOM, "backbone": "efficientnet_lite0", "image_size": 64, "train_sizes": (64, 80), "freeze": "none"},
     ),
 }
 
@@ -358,7 +359,7 @@ def plain(recipe: Recipe, split: Split, strong: bool = False) -> Iterator[float]
 
 
 def strong(recipe: Recipe, split: Split) -> Iterator[float]:
-    """The same in its best setting: bf16, channels last, a fused optimiser, cuDNN's search, pinned memory, 14 processes."""
+    """The same at its best: bf16, channels last, a fused optimiser, cuDNN's search, pinned memory, 14 processes."""
     return plain(recipe, split, strong=True)
 
 
@@ -366,7 +367,7 @@ LOOPS = {each.__name__: each for each in (course, ceiling, course_not_recorded, 
 
 
 def speed(names: str = "", images: int = 11_520, rounds: int = 3) -> dict:
-    """Images a second of each loop on each work: its first epoch with everything that a start costs, then the others."""
+    """Images a second of each loop on each work: its first epoch with all that a start costs, then the others."""
     found, split = {}, random_split(images)
     for work, recipe in WORKS.items():
         loops, seconds = {}, {}

@@ -45,12 +45,12 @@ def course_loop(recipe: Recipe, train: Split, precision: str) -> Callable[[], No
     model = models.build_model(recipe.replace(weights="none")).train()
     speed_up(model.to(memory_format=torch.channels_last))
     optimizer, transform = make_optimizer(model, recipe), transforms.train_transform(recipe)
-    batches = _endless(lambda: TrainLoader(train, recipe))
+    batches = _endless(lambda: TrainLoader(train, recipe, transforms.draw))
 
     def step() -> None:
         batch = next(batches)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            logits = model(transform(batch.images)).float()
+            logits = model(transform(batch.images, draws=batch.draws)).float()
         optimizer.zero_grad()
         F.cross_entropy(logits, batch.labels).backward()
         optimizer.step()

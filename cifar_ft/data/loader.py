@@ -15,7 +15,6 @@ from torch import Tensor
 from cifar_ft.data.cifar10 import Split, to_device
 from cifar_ft.recipes import Recipe
 
-
 Draw = Callable[[int, int, torch.Generator], tuple[Tensor, ...]]
 
 

@@ -23,9 +23,14 @@ def position(images):
     return images[:, 0, 0, 0].long() + 256 * images[:, 0, 0, 1].long()
 
 
+def draw(n, padding, generator):
+    """Each image's place in the global batch, and something random."""
+    return torch.arange(n), torch.rand(n, 2, generator=generator)
+
+
 def batches(split, *place, start=0, **settings):
     """The batches of a loader; `place` is epoch, rank and world."""
-    loader = TrainLoader(split, get_recipe("smoke", settings), *place)
+    loader = TrainLoader(split, get_recipe("smoke", settings), draw, *place)
     loader.start = start
     return list(loader)
 
@@ -39,8 +44,7 @@ def test_a_loader_yields_each_image_once_with_its_label_and_in_another_order():
     assert torch.equal(seen.sort().values, torch.arange(997))
     assert torch.equal(torch.cat([batch.labels for batch in found]), split.labels[seen])
     assert not torch.equal(seen, torch.arange(997))
-    assert all(batch.last for batch in found)
-    assert len(TrainLoader(split, get_recipe("smoke"))) == 16
+    assert len(TrainLoader(split, get_recipe("smoke"), draw)) == 16
 
 
 def order(epoch, seed):
@@ -63,12 +67,18 @@ def test_each_seed_epoch_and_step_has_its_own_seed():
     assert epoch_seed(0, 1, 2) == epoch_seed(0, 1, 2)
 
 
-def test_a_resumed_epoch_has_the_batches_that_are_left_with_their_seeds():
+def test_each_batch_is_drawn_from_its_own_seed():
+    for step, batch in enumerate(batches(numbered(200), 3, batch_size=64, seed=5), start=1):
+        expected = draw(batch.global_size, 4, torch.Generator().manual_seed(epoch_seed(5, 3, step)))
+        assert all(map(torch.equal, batch.draws, expected))
+
+
+def test_a_resumed_epoch_has_the_batches_that_are_left_with_their_draws():
     whole, rest = batches(numbered(200), 3), batches(numbered(200), 3, start=2)
     assert len(rest) == len(whole) - 2
     for one, other in zip(whole[2:], rest, strict=True):
         assert torch.equal(one.images, other.images)
-        assert one.seed == other.seed
+        assert all(map(torch.equal, one.draws, other.draws))
 
 
 def test_three_processes_share_the_global_batches_of_one():
@@ -78,9 +88,9 @@ def test_three_processes_share_the_global_batches_of_one():
     for batch, *parts in zip(whole, *shares, strict=True):
         for rank, part in enumerate(parts):
             assert torch.equal(position(part.images), position(batch.images)[rank::3])
-            assert (part.global_size, part.seed) == (batch.global_size, batch.seed)
-            drawn = torch.arange(batch.global_size)
-            assert torch.equal(part.share(drawn), drawn[rank::3])
+            assert part.global_size == batch.global_size
+            assert part.draws[0].tolist() == list(range(rank, batch.global_size, 3))
+            assert torch.equal(part.draws[1], batch.draws[1][rank::3])
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 7])
@@ -96,27 +106,9 @@ def test_shares_count_each_image_once_and_none_is_too_small_for_batchnorm(world,
         assert len(set(position(share.images).tolist())) == len(share.images)
 
 
-@pytest.mark.parametrize("parts", [2, 3, 1000])
-@pytest.mark.parametrize("world", [1, 3])
-def test_micro_batches_are_the_batch_cut_into_parts_of_at_least_two(parts, world):
-    split = numbered(100)
-    whole = batches(split, 0, 0, world, batch_size=50)
-    cut = iter(batches(split, 0, 0, world, batch_size=50, accumulation=parts))
-    for batch in whole:
-        found = []
-        while not found or not found[-1].last:
-            found.append(next(cut))
-        assert torch.equal(torch.cat([part.images for part in found]), batch.images)
-        assert torch.equal(torch.cat([part.labels for part in found]), batch.labels)
-        assert torch.equal(torch.cat([part.places for part in found]), batch.places)
-        assert len(found) == max(1, min(parts, len(batch.images) // 2))
-        assert min(len(part.images) for part in found) >= 2
-        assert {(part.global_size, part.seed) for part in found} == {(batch.global_size, batch.seed)}
-
-
 @pytest.mark.parametrize(("n", "sizes"), [(129, [64, 65]), (130, [64, 64, 2]), (1, [1]), (64, [64])])
 def test_a_lone_last_image_joins_the_batch_before(n, sizes):
-    assert TrainLoader(numbered(n), get_recipe("smoke", "batch_size=64")).sizes == sizes
+    assert TrainLoader(numbered(n), get_recipe("smoke", "batch_size=64"), draw).sizes == sizes
     assert [len(batch.images) for batch in batches(numbered(n), batch_size=64)] == sizes
 
 

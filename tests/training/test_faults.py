@@ -103,7 +103,7 @@ def test_a_loss_that_diverges_stops_training_and_names_step_and_images(small_dat
         fit(mine, small_data, tmp_path / "run")
     named = str(caught.value).partition("The images of the batch were ")[2].partition(" of the training set")[0]
     named = [int(word) for word in named.split(", ")]
-    loader = TrainLoader(small_data.train, mine, epoch=1)
+    loader = TrainLoader(small_data.train, mine, transforms.draw, epoch=1)
     assert named == small_data.train.indices[loader.order().split(loader.sizes)[1]].tolist()
     assert not (tmp_path / "run" / "metrics.json").exists()
 
@@ -133,7 +133,7 @@ def watched(device="cpu", **settings):
     accelerator = SimpleNamespace(device=torch.device("cpu"))
     training = Training(recipe(**settings), accelerator, Plan("fp32"), None, None, None, {}, 1)
     accelerator.device = torch.device(device)
-    loader = TrainLoader(Split(torch.zeros(120, 3, 1, 1), torch.zeros(120)), recipe(batch_size=2))
+    loader = TrainLoader(Split(torch.zeros(120, 3, 1, 1), torch.zeros(120)), recipe(batch_size=2), transforms.draw)
     loader.order = lambda: torch.arange(120)
     return training, loader
 

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from tiny_runs import recipe, weights
 
 from cifar_ft import models, transforms
-from cifar_ft.training import (
-    fit,
-)
+from cifar_ft.training import choose_plan, fit, prepare
+from cifar_ft.training.loop import train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,6 +76,17 @@ def test_a_frozen_backbone_is_bit_for_bit_the_same_after_fit(small_data, tmp_pat
     fit(mine, small_data, tmp_path / "run")
     before, after = models.build_model(mine).state_dict(), weights(tmp_path / "run")
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"fc.weight", "fc.bias"}
+
+
+@pytest.mark.parametrize(("images", "cuts"), [(24, [5, 5, 5, 5, 4]), (7, [3, 2, 2]), (2, [2])])
+def test_micro_batches_have_at_least_two_images(small_data, monkeypatch, images, cuts):
+    mine = recipe(batch_size=max(2, images), accumulation=5)
+    training, seen = prepare(mine, models.build_model(mine), choose_plan(mine, "resnet18", torch.device("cpu"))), []
+    monkeypatch.setattr(
+        training.model, "forward", lambda x: seen.append(len(x)) or torch.zeros(len(x), 10, requires_grad=True)
+    )
+    train_step(training, images, torch.zeros(images, 3, 16, 16), torch.zeros(images, dtype=torch.long))
+    assert seen == cuts
 
 
 def test_micro_batches_that_are_asked_for_are_the_same_steps(small_data, tmp_path):
