@@ -17,7 +17,7 @@ from tiny_runs import interrupted, recipe, same_run, weights
 from cifar_ft import models, transforms
 from cifar_ft.data import Split, TrainLoader
 from cifar_ft.results import load_run
-from cifar_ft.training import Plan, TrainingError, fit
+from cifar_ft.training import Plan, TrainingError, fit, loop
 from cifar_ft.training.faults import StopRequest, check_loss
 from cifar_ft.training.state import Training
 
@@ -182,7 +182,7 @@ def test_more_micro_batches_may_be_asked_for_on_resume(small_data, tmp_path, mon
 
 def stop_after(monkeypatch, nth, number=signal.SIGINT):
     """Send this process a signal in the middle of its nth step."""
-    call, count = transforms.draw, [0]
+    call, count = loop.train_step, [0]
 
     def with_signal(*arguments):
         count[0] += 1
@@ -190,7 +190,7 @@ def stop_after(monkeypatch, nth, number=signal.SIGINT):
             os.kill(os.getpid(), number)
         return call(*arguments)
 
-    monkeypatch.setattr(transforms, "draw", with_signal)
+    monkeypatch.setattr(loop, "train_step", with_signal)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system sends no such signals")
@@ -221,7 +221,7 @@ def test_a_second_ctrl_c_stops_at_once(small_data, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("not reached")
 
-    monkeypatch.setattr(transforms, "draw", twice)
+    monkeypatch.setattr(loop, "train_step", twice)
     with pytest.raises(KeyboardInterrupt):
         fit(recipe(), small_data, tmp_path / "run")
     assert not list((tmp_path / "run").rglob("*.pt"))
