@@ -140,7 +140,7 @@ def build_model(recipe: Recipe) -> nn.Module:
         "loaded": len(loaded),
         "missing": missing,
     }
-    strides = f" ({model.weights_info['strides']})" if model.weights_info["strides"] else ""
+    strides = f" (strides {model.weights_info['strides']})" if model.weights_info["strides"] else ""
     log.info(f"Model: {backbone}{strides}, weights {model.weights_info['weights']} ({model.weights_info['source']})")
     if recipe.freeze != "none" and not weights:
         log.info(f"Note: the weights are random, and freeze={recipe.freeze} leaves a part of them so")

@@ -52,9 +52,9 @@ class Weights:
     state_dict : tensors on the CPU under torchvision's key names (ResNets) or timm's (EfficientNet-Lite0).
     name : the weights' published name, or that of the file.
     source : where they are from, one phrase.
-    sha256 : hex digest of their file.
+    sha256 : hex digest of their file as it was published.
     licence : one phrase.
-    strides : of the ResNet-50 that they were trained in, see `create_backbone`.
+    strides : of the ResNet-50 that they were made for, see `create_backbone`.
     """
 
     state_dict: dict[str, Tensor]
@@ -70,7 +70,8 @@ def fetch_weights(backbone: str, weights: str | Path = "imagenet") -> Weights:
 
     What is here already comes first, then the first of `SOURCES` that answers. All of them expect inputs normalised
     with ImageNet's mean and deviation (see `for_imagenet_normalization`). A file is taken as it is, unless it is
-    EfficientNet-Lite0 with ImageNet's 1,000 classes, which is adapted likewise.
+    EfficientNet-Lite0 with ImageNet's 1,000 classes, which is adapted likewise. Which strides it was made for, only a
+    .safetensors file of this course says; of any other, torchvision's are assumed.
 
     Parameters
     ----------

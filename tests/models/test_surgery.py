@@ -179,7 +179,7 @@ def test_a_model_depends_on_its_seed_and_leaves_the_global_generator_alone(parti
 def test_a_model_has_the_strides_that_its_weights_were_made_for(tmp_path, said):
     v1 = build(weights=str(v1_file(tmp_path / "v1.safetensors")), backbone="auto", last_stage=2)
     assert (v1.weights_info["backbone"], v1.weights_info["strides"]) == ("resnet50", "v1")
-    assert said[-1].startswith("Model: resnet50 (v1), weights v1.safetensors (the file ")
+    assert said[-1].startswith("Model: resnet50 (strides v1), weights v1.safetensors (the file ")
     plain = build(backbone="resnet50", last_stage=2)
     assert plain.weights_info["strides"] == "v1.5"
     assert build().weights_info["strides"] is None
