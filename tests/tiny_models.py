@@ -2,8 +2,9 @@
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
-from cifar_ft.models import build_model
+from cifar_ft.models import build_model, create_backbone, cut
 from cifar_ft.recipes import get_recipe
 
 
@@ -13,6 +14,13 @@ def recipe(**overrides):
 
 def build(**overrides):
     return build_model(recipe(**overrides))
+
+
+def v1_file(path):
+    """Write random weights of a ResNet-50 up to stage 2 that were made for the strides of 2015; return the path."""
+    state = cut(create_backbone("resnet50", "v1"), 2).state_dict()
+    save_file({name: state[name] for name in state if not name.startswith("fc")}, path, {"strides": "v1"})
+    return path
 
 
 def copied(model):

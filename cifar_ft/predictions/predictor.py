@@ -129,7 +129,7 @@ class Predictor:
         source = f"the run {show_path(run.path)} ({accuracy_text(run.correct, n)} on {n:,} test images)"
         with _usable(f"the run {show_path(run.path)}", "restore it or train this run again"):
             state, _ = _read_weights(run.path / "model.safetensors")
-            model = _rebuild(run.recipe, run.config["weights"]["backbone"], state)
+            model = _rebuild(run.recipe, run.config["weights"], state)
         return cls(_placed(model), run.recipe, source, run.metrics.get("calibration"))
 
     @classmethod
@@ -143,7 +143,7 @@ class Predictor:
             metrics, calibration = json.loads(metadata["metrics"]), json.loads(metadata.get("calibration", "null"))
             n, accuracy = metrics["test_images"], metrics["test_accuracy"]
             score = f"{accuracy_text(round(accuracy * n), n)} on {n:,} test images"
-            model = _rebuild(recipe, backbone, state)
+            model = _rebuild(recipe, metadata, state)
         return cls(
             _placed(model), recipe, f"the shipped model (recipe {recipe.name}, {backbone}, {score})", calibration
         )
@@ -276,10 +276,11 @@ def _read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return state, metadata
 
 
-def _rebuild(recipe: Recipe, backbone: str, state: dict[str, Tensor]) -> nn.Module:
-    """The recipe's model with these weights."""
+def _rebuild(recipe: Recipe, origin: dict, state: dict[str, Tensor]) -> nn.Module:
+    """The recipe's model with these weights, whose origin names backbone and, unless it is old, strides."""
+    strides = origin.get("strides") or "v1.5"
     with torch.random.fork_rng(devices=[]):  # nobody sees the random weights, nor that some were drawn
-        model = cut(create_backbone(backbone), recipe.last_stage)
+        model = cut(create_backbone(origin["backbone"], strides), recipe.last_stage)
         model = replace_head(replace_stem(model, recipe.stem, recipe.max_pool))
     model.load_state_dict(state, strict=True)
     return model.requires_grad_(False)

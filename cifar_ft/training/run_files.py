@@ -39,7 +39,7 @@ HISTORY = (
 DECISIVE = (
     *(f"data/{name}.py" for name in ("cifar10", "loader")),
     *(f"transforms/{name}.py" for name in ("augmentation", "normalization")),
-    *(f"models/{name}.py" for name in ("backbones", "evaluation", "freezing", "surgery", "weights")),
+    *(f"models/{name}.py" for name in ("backbones", "conversion", "evaluation", "freezing", "surgery", "weights")),
     *(f"training/{name}.py" for name in ("convolutions", "distributed", "fit", "loop", "optim", "probe", "state")),
 )
 
@@ -98,7 +98,8 @@ def write_run(directory: RunDirectory, training: Training, splits: dict[str, Spl
         directory.write(f"{name}_logits.npz", buffer.getvalue())
     weights = {name: tensor.contiguous().cpu() for name, tensor in training.eval_model.state_dict().items()}
     # One entry of metadata: safetensors writes several in any order, and equal weights would be unequal files.
-    directory.write("model.safetensors", to_safetensors(weights, {"format": "pt"}))
+    metadata = {"strides": "v1"} if info["strides"] == "v1" else {"format": "pt"}
+    directory.write("model.safetensors", to_safetensors(weights, metadata))
 
     def correct(name: str) -> int:
         return int((logits[name].argmax(1) == labels["test"]).sum())

@@ -1,6 +1,8 @@
 """Backbones: one table knows them all; weights are loaded as they are or refused, and nothing is loaded in part."""
 
+import copy
 import math
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -9,7 +11,7 @@ from tiny_models import build, copied, moved, numel
 
 from cifar_ft import models
 from cifar_ft.models import BACKBONES, SurgeryError, create_backbone, replace_stem
-from cifar_ft.models.backbones import guess_backbone, load_state
+from cifar_ft.models.backbones import guess_backbone, load_state, strides_of
 from cifar_ft.recipes import RecipeError, get_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,6 +51,26 @@ def test_the_head_sees_features_of_the_backbones_width(backbone, last_stage, wid
     assert (head.in_features, head.out_features) == (width, 10)
     torch.testing.assert_close(head(found), model(images))
     assert not head._forward_pre_hooks  # nothing is left hanging on the model
+
+
+@pytest.mark.parametrize(("strides", "first", "second"), [("v1", 2, 1), ("v1.5", 1, 2)])
+def test_a_resnet50_halves_the_picture_where_its_release_does_whatever_is_changed(strides, first, second):
+    model = models.replace_head(replace_stem(models.cut(create_backbone("resnet50", strides), 3), "cifar_resampled"))
+    for changed in (model, models.freeze(copy.deepcopy(model), "stage2"), pickle.loads(pickle.dumps(model))):
+        for stage in (changed.layer2, changed.layer3):
+            assert [block.conv1.stride[0] for block in stage] == [first] + [1] * (len(stage) - 1)
+            assert [block.conv2.stride[0] for block in stage] == [second] + [1] * (len(stage) - 1)
+        assert {block.conv1.stride[0] + block.conv2.stride[0] for block in changed.layer1} == {2}
+        assert strides_of(changed) == strides
+        assert changed(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_strides_are_a_choice_of_resnet50_alone():
+    assert strides_of(create_backbone("resnet50")) == "v1.5"
+    for other in (create_backbone("resnet18", "v1"), models.cut(create_backbone("resnet50", "v1"), 1)):
+        assert strides_of(other) is None
+    with pytest.raises(SurgeryError, match=r"unknown strides 'v2'; choose from v1, v1.5"):
+        create_backbone("resnet50", "v2")
 
 
 def test_parameter_counts_are_the_known_ones():

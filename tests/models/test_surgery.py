@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tiny_models import build, copied, moved, numel, recipe
+from tiny_models import build, copied, moved, numel, recipe, v1_file
 from torch import nn
 
 from cifar_ft import models
@@ -174,6 +174,21 @@ def test_a_model_depends_on_its_seed_and_leaves_the_global_generator_alone(parti
     torch.rand(3)
     assert not moved(copied(first), build(seed=1, weights=str(partial)))
     assert "fc.weight" in moved(copied(first), build(seed=2, weights=str(partial)))
+
+
+def test_a_model_has_the_strides_that_its_weights_were_made_for(tmp_path, said):
+    v1 = build(weights=str(v1_file(tmp_path / "v1.safetensors")), backbone="auto", last_stage=2)
+    assert (v1.weights_info["backbone"], v1.weights_info["strides"]) == ("resnet50", "v1")
+    assert said[-1].startswith("Model: resnet50 (strides v1), weights v1.safetensors (the file ")
+    plain = build(backbone="resnet50", last_stage=2)
+    assert plain.weights_info["strides"] == "v1.5"
+    assert build().weights_info["strides"] is None
+    plain.load_state_dict(v1.state_dict())
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert not torch.allclose(models.features(v1.eval(), images), models.features(plain.eval(), images), rtol=0.1)
+    total = models.compare(plain, v1, 64).loc["total"]
+    saved = 256 * 128 * (16 * 16 - 8 * 8)  # of the 1x1 convolution that begins stage 2
+    assert total["before", "gmac"] - total["after", "gmac"] == pytest.approx(saved / 1e9, abs=2e-6)
 
 
 # tables

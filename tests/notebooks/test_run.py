@@ -24,7 +24,6 @@ from cifar_ft import course
 
 ROOT = Path(__file__).resolve().parents[2]
 BROKEN = Path(__file__).resolve().parent / "broken"
-SAME_EVERYWHERE = {"PYTHONPATH": str(ROOT), "CIFAR_FT_BACKBONE": "efficientnet_lite0"}  # "auto" asks the network
 UNCOMPARED = {"data", "metadata", "name", "output_type", "execution_count", "image/png", "image/jpeg"}
 RANDOM = re.compile(r"0x[0-9a-f]{6,}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)  # addresses, UUIDs
 OVERWRITTEN = re.compile(r".*\r(?=[^\n])")  # by what follows on the same line: progress bars
@@ -32,7 +31,7 @@ pytestmark = [pytest.mark.notebook, pytest.mark.timeout(900)]
 
 
 def run(*command: object, cwd: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, **SAME_EVERYWHERE, "CIFAR_FT_RUNS": str(cwd / "runs")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CIFAR_FT_RUNS": str(cwd / "runs")}
     command = [sys.executable, *map(str, command)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=850)
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_runs
 import torch
+from tiny_models import v1_file
 
 from cifar_ft.data import CLASSES, load_samples
 from cifar_ft.files import FileError, show_path
@@ -126,6 +127,15 @@ def test_exporting_warns_of_nothing_and_leaves_the_predictor_as_it_was(samples, 
     assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
     np.testing.assert_allclose(run(path, samples.images)[0], expected, atol=1e-5)
+
+
+@needs_onnx
+def test_a_network_of_2015_is_exported_with_its_strides(samples, tmp_path):
+    weights = str(v1_file(tmp_path / "v1.safetensors"))
+    predictor = tiny(backbone="resnet50", last_stage=2, weights=weights)
+    path = export_onnx(predictor, tmp_path / "model.onnx")  # which compares the answers
+    assert predictor.model.layer2[0].conv1.stride == (2, 2)
+    np.testing.assert_allclose(run(path, samples.images)[0], predictor.predict_proba(samples.images), atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [16, 31, 32, 33, 45, 112])

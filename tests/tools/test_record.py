@@ -14,12 +14,15 @@ import torch
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_models import v1_file
 from tiny_runs import recipe
 from typer.testing import CliRunner
 
 from cifar_ft import predictions, results, training
 from cifar_ft.data import CLASSES
+from cifar_ft.models import fetch_weights, predict_logits
 from cifar_ft.predictions import PredictionError, Predictor, predictor
+from cifar_ft.transforms import eval_transform
 from tools import record, study
 from tools.publish import publish_run
 from tools.record import READING, TRAINING, export_shipped
@@ -118,6 +121,20 @@ def test_the_shipped_model_is_the_run_in_half_precision_with_its_origin(finished
     assert next(loaded.model.parameters()).dtype == torch.float32
     whole = Predictor.from_run(finished.path).predict_proba(samples.images[:20])
     np.testing.assert_allclose(loaded.predict_proba(samples.images[:20]), whole, atol=5e-3)
+
+
+def test_a_model_of_2015_is_loaded_and_shipped_with_its_strides(small_data, samples, shipped, tmp_path):
+    v1 = {"backbone": "resnet50", "last_stage": 2, "weights": str(v1_file(tmp_path / "v1.safetensors"))}
+    few = {"epochs": 1, "checkpoint_steps": 0, "train_images": 48, "test_images": 40}
+    run = training.fit(recipe(**v1, **few), small_data, tmp_path / "run")
+    whole = Predictor.from_run(run.path)
+    logits = predict_logits(whole.model, small_data.test, eval_transform(run.recipe))
+    np.testing.assert_allclose(logits, run.logits, rtol=1e-4, atol=1e-5)
+    export_shipped(run.path)
+    found = [predictor.predict_proba(samples.images[:20]) for predictor in (Predictor.shipped(), whole)]
+    np.testing.assert_allclose(*found, atol=5e-3)
+    for file in (shipped, run.path / "model.safetensors"):
+        assert fetch_weights("resnet50", file).strides == "v1"
 
 
 @pytest.fixture

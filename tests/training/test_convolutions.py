@@ -136,10 +136,10 @@ def test_full_convolutions_as_matrix_products_are_the_plain_layer_at_every_size(
             assert (half.float() - full).norm() < 0.02 * full.norm()
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
-def test_a_whole_resnet_keeps_its_outputs_and_gradients(backbone):
+@pytest.mark.parametrize(("backbone", "strides"), [("resnet18", "v1.5"), ("resnet50", "v1.5"), ("resnet50", "v1")])
+def test_a_whole_resnet_keeps_its_outputs_and_gradients(backbone, strides):
     torch.manual_seed(0)
-    plain = create_backbone(backbone).double().train()
+    plain = create_backbone(backbone, strides).double().train()
     fast = speed_up(copy.deepcopy(plain))
     assert sum(isinstance(m, SmallMapConv2d) for m in fast.modules()) == 16
     assert type(fast.conv1) is nn.Conv2d  # 7x7

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import v1_file
 from tiny_runs import Crash, crash_at, history, interrupted, raise_, recipe, same_run, weights
 
-from cifar_ft import models
+from cifar_ft import models, transforms
 from cifar_ft.results import load_run
 from cifar_ft.training import TrainingError, distributed, fit, loop, move_average
 
@@ -68,6 +69,21 @@ def test_a_pretrained_lite0_is_as_repeatable_and_resumable(small_data, tmp_path,
             fit(mine, small_data, tmp_path / "two")
     fit(mine, small_data, tmp_path / "two", resume=True)
     same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_run_keeps_the_strides_of_its_weights_to_its_end(small_data, tmp_path, monkeypatch):
+    few = {"epochs": 1, "train_images": 48, "val_images": 10, "test_images": 10}
+    v1 = {**few, "backbone": "resnet50", "last_stage": 2, "weights": str(v1_file(tmp_path / "v1.safetensors"))}
+    fit(recipe(**v1), small_data, tmp_path / "one")
+    interrupted(monkeypatch, small_data, tmp_path / "two", 1, **v1)
+    run = fit(recipe(**v1), small_data, tmp_path / "two", resume=True)
+    same_run(tmp_path / "one", tmp_path / "two")
+    assert run.config["weights"]["strides"] == "v1"
+    again = models.build_model(recipe(**{**v1, "weights": str(run.path / "model.safetensors")})).eval()
+    again.load_state_dict(weights(run.path))
+    with torch.no_grad():
+        logits = again(transforms.eval_transform(recipe())(small_data.test.subset(10).images))
+    np.testing.assert_allclose(logits.numpy(), run.logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("nth", [1, 5, 6, 9, 12], ids=["step 1", "last step", "epoch 1", "step 3 of epoch 2", "end"])
