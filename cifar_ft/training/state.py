@@ -132,8 +132,8 @@ def prepare(recipe: Recipe, model: nn.Module, plan: Plan) -> Training:
     info = model.weights_info
     model = synchronize_batchnorm(model, accelerator)
     model = model.to(accelerator.device, memory_format=torch.channels_last)
-    if accelerator.device.type == "cpu":
-        speed_up(model)
+    if accelerator.device.type in ("cpu", "cuda"):
+        speed_up(model, recipe.batch_size if accelerator.device.type == "cuda" else None)
     ema = copy.deepcopy(model).requires_grad_(False) if recipe.ema_decay else None
     if recipe.compile:
         model.compile()  # in place, so that names in the state dict stay

@@ -9,7 +9,13 @@ from timm.layers import Conv2dSame
 from torch import nn
 
 from cifar_ft.models import create_backbone
-from cifar_ft.training.convolutions import DepthwiseConv2d, PointwiseConv2d, SmallMapConv2d, speed_up
+from cifar_ft.training.convolutions import (
+    DepthwiseConv2d,
+    GpuDepthwiseConv2d,
+    PointwiseConv2d,
+    SmallMapConv2d,
+    speed_up,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = [*((size, size) for size in range(2, 18)), (5, 8), (16, 7), (3, 12)]
@@ -34,19 +40,20 @@ def results(layer, images, weigh=None, autocast=False):
     return output.detach(), images.grad, layer.weight.grad.clone()
 
 
-def pair(kind, kernel, stride, channels=6):
+def pair(kind, kernel, stride, channels=6, whole_batch=None):
     torch.manual_seed(0)
     plain = LAYERS[kind](channels, kernel, stride)
-    fast = speed_up(copy.deepcopy(plain))
-    assert type(fast) is DepthwiseConv2d
+    fast = speed_up(copy.deepcopy(plain), whole_batch)
+    assert type(fast) is (GpuDepthwiseConv2d if whole_batch else DepthwiseConv2d)
     return plain, fast
 
 
+@pytest.mark.parametrize("whole_batch", [None, 3, 4], ids=["cpu", "gpu, whole batch", "gpu, another"])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_outputs_and_gradients_are_those_of_the_plain_layer_at_every_size(kind, kernel, stride):
-    plain, fast = pair(kind, kernel, stride)
+def test_outputs_and_gradients_are_those_of_the_plain_layer_at_every_size(kind, kernel, stride, whole_batch):
+    plain, fast = pair(kind, kernel, stride, whole_batch=whole_batch)
     for height, width in SIZES:
         images = torch.randn(3, 6, height, width).contiguous(memory_format=torch.channels_last)
         for found, expected in zip(results(fast, images), results(plain, images), strict=True):
@@ -117,6 +124,7 @@ def test_a_whole_network_keeps_its_state_dict_outputs_and_gradients():
 def test_other_layers_are_left_alone(layer):
     kind = type(layer)
     assert type(speed_up(nn.Sequential(layer))[0]) is kind
+    assert type(speed_up(nn.Sequential(layer), 64)[0]) is kind
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(1, 1, 0), (1, 2, 0), (3, 1, 1), (3, 2, 1), (3, 1, 0)])
