@@ -246,7 +246,7 @@ def test_what_came_of_a_source_that_broke_off_is_not_asked_for_again(hub, server
 def test_nothing_reachable_names_every_reason_and_the_way_by_hand(root, server):
     server.modes |= {TRAIN: "404", OFFICIAL: "503"}
     said = failure(root)
-    assert "hub: HTTP 404; npm: npm is not on the PATH; official: HTTP 503" in said
+    assert "hub: HTTP 404 (the file is not there); npm: npm is not on the PATH; official: HTTP 503 (a fault" in said
     assert "download cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html" in said
     assert f"put it into {show_path(root)}" in said
     assert len(said.splitlines()) == 2
