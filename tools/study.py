@@ -183,7 +183,7 @@ def redraw(name: str, data: Cifar10, out: Path, *, weights: str | Path, epochs: 
     weights : "imagenet", or path
         ImageNet weights of ResNet-50: those of torchvision, or a file of them, whole or up to layer3.
     epochs : int
-        The same for all that are to be compared; `reference_b32_cosine` decays to zero within them.
+        The same for all that are to be compared; `reference_b32_cosine` is a cosine over so many.
     settings : str
         Further changes, such as "last_stage=none" for the whole network.
     """

@@ -50,7 +50,8 @@ def replace_stem(model: nn.Module, stem: str = "cifar_random", max_pool: bool = 
 
     `stem="pretrained"` leaves it as it is. `cifar_random` is a new 3x3 convolution with stride 1 and padding 1, as in
     the published recipe. `cifar_resampled` has the same shape, but its kernel is the pretrained one resampled to 3x3
-    with the sum of its weights unchanged; follow it with `refresh_batchnorm`, since its outputs have other statistics.
+    with the sum of its weights unchanged (one that is 3x3 already, as EfficientNet-Lite0's, stays as it is: only the
+    stride changes); follow it with `refresh_batchnorm`, since its outputs have other statistics.
     """
     if stem not in STEMS:
         raise SurgeryError(unknown("stem", stem, STEMS))

@@ -86,8 +86,8 @@ class Predictor:
     source : str
         Which model this is, in one phrase.
     calibration : dict or None
-        What validation says about its answers (`results.fit_calibration`): the temperature that makes its
-        probabilities honest, and the energy below which a picture is unlike anything trained on.
+        What validation says about its answers (`results.fit_calibration`): the temperature that its
+        logits are divided by, and the energy below which a picture is unlike anything trained on.
 
     Examples
     --------

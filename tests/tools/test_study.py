@@ -120,7 +120,7 @@ def test_the_published_recipe_is_redrawn_without_weights_or_paths(small_data, tm
     assert json.loads((out / "config.json").read_text())["weights"]["source"] == "the file weights.safetensors"
     rows = pd.read_csv(out / "history.csv")
     assert rows.test_accuracy.notna().all()  # logged each epoch, as the publication did
-    assert rows.lr.tolist() == [0.01, 0.005]  # decays to zero within the run
+    assert rows.lr.tolist() == [0.01, 0.005]  # a cosine over the run, one stair an epoch
     again = redraw("one", small_data, out, **settings)
     assert again.metrics == run.metrics  # a finished run is not repeated
     assert results.newest_run() is None  # nor do predictions take it for the user's newest model
