@@ -115,7 +115,9 @@ def shipped_table(folder: Path) -> str:
     for each in found["coverage"]:
         if round(100 * each["coverage"]) in (80, 90):
             name = f"accuracy on the surest {100 * each['coverage']:.0f} %"
-            rows.append((name, f"{each['coverage'] * 10_000:,.0f}", f"{100 * each['accuracy']:.2f} %"))
+            answered = round(10_000 * each["coverage"])
+            interval = results.wilson_interval(round(answered * each["accuracy"]), answered)
+            rows.append((name, f"{answered:,}", _score(each["accuracy"], *interval)))
     before, after = (f"{100 * found[name]:.1f} points" for name in ("ece_before", "ece_after"))
     rows.append(("calibration error", "10,000", before))
     rows.append((f"calibration error with temperature {found['temperature']:.2f}", "10,000", after))

@@ -87,6 +87,15 @@ def ten_times_the_work_in_less_than_twice_the_time() -> bool:
     return 9.5 < work < 10.5 and time < 2
 
 
+def seconds_by_batch() -> dict[int, float]:
+    cases = pd.DataFrame(BENCHMARKS["growth"]["cases"]).query("images == 2048 and image_size == 64")
+    return cases.set_index("batch_size").epoch_seconds.to_dict()
+
+
+def compared(name: str) -> pd.DataFrame:
+    return pd.DataFrame(BENCHMARKS["compare"]["runs"]).query(f"name == '{name}'")
+
+
 def of(question: str, variant: str) -> pd.Series:
     return ABLATIONS.loc[(question, variant)]
 
@@ -165,6 +174,11 @@ CLAIMS = [
         LOG.iloc[-20:].diff().abs().mean() > 0.01)),
     (N4, "The recorded run of `quick` ends above the published log", lambda: (
         results.load_run(RECORDED / "quick").accuracy > LOG.max())),
+    ("docs/speed.md", "beyond 64 images a larger batch saves no time", lambda: (
+        seconds_by_batch()[64] < min(seconds_by_batch()[128], seconds_by_batch()[256]))),
+    ("docs/speed.md", "in equal time the course is ahead of all", lambda: (
+        compared("cifar_ft").query("epochs > 3").test_accuracy.item()
+        > max(compared(name).test_accuracy.max() for name in ("fastai", "trainer", "timm", "plain")))),
     ("notebooks/02_transforms.ipynb", "paid about a point of validation accuracy", lambda: (
         0.005 < SEARCH.val_accuracy[3] - SEARCH.val_accuracy[2] < 0.015 and SEARCH.recipe[3] == "quick")),
 ]  # fmt: skip
