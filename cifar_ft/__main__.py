@@ -75,8 +75,9 @@ def train(
     begun = resume and recipe is None and (out / "config.json").exists()
     checked = None if begun else get_recipe(recipe or "quick", settings)
     from cifar_ft.data import load_cifar10
-    from cifar_ft.training import fit, start_processes, stored_recipe
+    from cifar_ft.training import fit, keep_memory, start_processes, stored_recipe
 
+    keep_memory()
     if begun:
         checked = stored_recipe(out).replace(**parse_overrides(settings))
     start_processes()

@@ -97,7 +97,6 @@ def robustness(
     out: Annotated[Path, typer.Option(help="JSON file.")] = ROOT / "results" / "shipped.json",
 ) -> None:
     """Score the shipped model on the test set, clean and corrupted, and compare with its recorded accuracy."""
-    training.keep_memory()
     measure_shipped(out, load_cifar10().test)
 
 
@@ -257,4 +256,5 @@ def measure_shipped(out: Path, test: Split, corrupted_images: int = 2000) -> dic
 
 
 if __name__ == "__main__":
+    training.keep_memory()
     app()

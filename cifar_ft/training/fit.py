@@ -22,7 +22,7 @@ from cifar_ft.results import Run, accuracy_text, load_run
 from cifar_ft.training.checkpoint import RunDirectory
 from cifar_ft.training.distributed import gather_logits, share_statistics, start_processes
 from cifar_ft.training.faults import StopRequest, check_loss, is_out_of_memory, stop, use_less_memory
-from cifar_ft.training.hardware import Plan, choose_plan, keep_memory
+from cifar_ft.training.hardware import Plan, choose_plan
 from cifar_ft.training.loop import train_epoch
 from cifar_ft.training.probe import fit_head
 from cifar_ft.training.run_files import describe_run, new_run_dir, write_run
@@ -58,7 +58,6 @@ def fit(recipe: Recipe, data: Cifar10, run_dir: str | Path | None = None, *, res
     SourceError, SurgeryError
         When the pretrained weights cannot be had or do not fit.
     """
-    keep_memory()
     state = start_processes()
     run_dir = Path(broadcast_object_list([str(run_dir or new_run_dir(recipe))])[0])
     with RunDirectory(run_dir, active=state.is_main_process) as directory:

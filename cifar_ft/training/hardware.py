@@ -13,6 +13,7 @@ import platform
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -28,6 +29,12 @@ from cifar_ft.training.convolutions import speed_up
 
 TRIAL_SECONDS = 180
 CRASHES = {getattr(signal, name, None) for name in ("SIGFPE", "SIGILL", "SIGSEGV", "SIGBUS", "SIGABRT")} - {None}
+CPU_TREES = {  # of control groups, versions 2 and 1: their controller, and the files of quota and period
+    "/sys/fs/cgroup": ("", ("cpu.max",)),
+    "/sys/fs/cgroup/unified": ("", ("cpu.max",)),
+    "/sys/fs/cgroup/cpu": ("cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")),
+    "/sys/fs/cgroup/cpu,cpuacct": ("cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")),
+}
 
 
 @dataclass(frozen=True)
@@ -167,20 +174,40 @@ def _cpuinfo(entry: str) -> str:
 
 
 def usable_cpus() -> int:
-    """Processors that this process may use: a container's quota can allow fewer than the machine has."""
+    """Processors that this process may use: a container's quota can allow fewer than the machine has.
+
+    A quota between two whole numbers counts as the nearer one, and as one at least.
+    """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, ValueError):  # no control groups here
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        if quota != "max":
-            cpus = min(cpus, max(1, round(int(quota) / int(period))))
-    return cpus
+    return min(cpus, max(1, round(min(_cpu_quotas(), default=cpus))))
+
+
+def _cpu_quotas() -> Iterator[float]:
+    """The quotas, in processors, of this process's control groups and of all above them; each of them holds.
+
+    A container sees its own group as the root of the tree, often under the path that it has outside.
+    """
+    paths = {}  # of the groups, by controller; version 2 has one tree without a controller's name
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            paths |= dict.fromkeys(controllers.split(","), path)
+    for tree, (controller, files) in CPU_TREES.items():
+        parts = [part for part in paths.get(controller, "").split("/") if part not in ("", "..")]
+        for depth in range(len(parts) + 1):
+            with suppress(OSError, ValueError):  # no such group; without a quota
+                folder = Path(tree, *parts[:depth])
+                quota, period = " ".join((folder / file).read_text(encoding="ascii") for file in files).split()
+                if int(quota) > 0:
+                    yield int(quota) / int(period)
 
 
 def keep_memory() -> None:
-    """Ask glibc to keep freed memory, in this process, from now on.
+    """Ask glibc to keep freed memory, in the whole process and until its end: nothing can undo it, so nobody else asks.
 
     Training and prediction free the same large blocks at each step and ask for them again; a block that went back to
-    the kernel is cleared page by page when it is used again.
+    the kernel is cleared page by page when it is used again. Without this a step of `quick` on one processor took
+    5.3 to 6.1 s of its time instead of 4.8 to 5.0 (six steps).
     """
     if not sys.platform.startswith("linux"):
         return
