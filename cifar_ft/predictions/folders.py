@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from cifar_ft.files import replacing
+from cifar_ft.files import full_path, replacing
 from cifar_ft.predictions.images import ImageError, find_pictures, squared
 from cifar_ft.predictions.predictor import Predictor, chunks
 
@@ -88,7 +88,7 @@ def write_csv(rows: Iterable[dict], file, *, details: bool = False) -> tuple[int
         Rows in all, and rows with an error.
     """
     if not hasattr(file, "write"):
-        path = Path(os.path.expanduser(file))
+        path = full_path(file)
         with (
             nullcontext(path) if is_device(path) else replacing(path, PARTIAL) as target,
             open(target, "w", encoding="utf-8", errors="backslashreplace", newline="") as stream,
