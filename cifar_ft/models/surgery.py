@@ -108,18 +108,23 @@ def features(model: nn.Module, images: Tensor) -> Tensor:
     return seen[0]
 
 
-def build_model(recipe: Recipe) -> nn.Module:
+def build_model(recipe: Recipe, restored: dict | None = None) -> nn.Module:
     """The model that a recipe asks for: backbone, ImageNet weights, cut, stem, new head, frozen parts.
 
     It maps float images [B, 3, S, S] to logits [B, 10]. Its attribute `weights_info` says which backbone and weights
     were used, from where, with which digest and licence, and which tensors a partial file left random.
+
+    Parameters
+    ----------
+    restored : the `weights_info` of a model whose tensors will take the place of this one's, which are then random:
+        nothing is fetched, and no file is read.
 
     Raises
     ------
     SourceError : the weights cannot be had; random ones are only ever used on purpose, with `weights="none"`.
     SurgeryError : they do not fit the backbone.
     """
-    backbone, weights = _backbone_and_weights(recipe)
+    backbone, weights = (restored["backbone"], None) if restored else _backbone_and_weights(recipe)
     recipe.replace(backbone=backbone)  # what "auto" became must allow the recipe's other settings
     loaded, missing = [], []
     with torch.random.fork_rng(devices=[]):
@@ -129,7 +134,7 @@ def build_model(recipe: Recipe) -> nn.Module:
             loaded, missing = load_state(model, weights.state_dict, backbone)
         replace_head(replace_stem(model, recipe.stem, recipe.max_pool), init=recipe.head_init)
     freeze(model, recipe.freeze, recipe.freeze_batchnorm)
-    model.weights_info = {
+    model.weights_info = restored or {
         "backbone": backbone,
         "weights": weights.name if weights else "none",
         "source": weights.source if weights else "random initialisation, as asked",
@@ -139,7 +144,7 @@ def build_model(recipe: Recipe) -> nn.Module:
         "missing": missing,
     }
     log.info(f"Model: {backbone}, weights {model.weights_info['weights']} ({model.weights_info['source']})")
-    if recipe.freeze != "none" and not weights:
+    if recipe.freeze != "none" and not (weights or restored):
         log.info(f"Note: the weights are random, and freeze={recipe.freeze} leaves a part of them so")
     if missing:
         layers = sorted({key.split(".")[0] for key in missing})

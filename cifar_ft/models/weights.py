@@ -272,7 +272,7 @@ def read_weights_file(path: str | Path) -> dict[str, Tensor]:
             ) from error
         first = (str(error) or type(error).__name__).splitlines()[0][:160]
         raise SourceError(f"{shown}: damaged or incomplete ({first}); fetch or copy it again") from error
-    while isinstance(state, dict) and (inner := [state[key] for key in HOLDERS if isinstance(state.get(key), dict)]):
+    while isinstance(state, dict) and (inner := [state[key] for key in HOLDERS if _may_hold_tensors(state.get(key))]):
         state = inner[0]
     if not isinstance(state, dict) or not state:
         kind = "nothing" if state == {} else type(state).__name__
@@ -283,6 +283,10 @@ def read_weights_file(path: str | Path) -> dict[str, Tensor]:
             raise SourceError(f"{shown}: {key!r} is {kind} instead of a tensor; save model.state_dict()")
     plain = {_plain_name(key): value for key, value in state.items() if key != "n_averaged"}  # AveragedModel's counter
     return plain if len(plain) == len(state.keys() - {"n_averaged"}) else state  # two models: a name for each stays
+
+
+def _may_hold_tensors(value: object) -> bool:
+    return isinstance(value, dict) and any(isinstance(each, Tensor | dict) for each in value.values())
 
 
 def _plain_name(key: str) -> str:
