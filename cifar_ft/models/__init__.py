@@ -21,4 +21,4 @@ from cifar_ft.models.surgery import (
     resample_kernel,
     summarize,
 )
-from cifar_ft.models.weights import fetch_weights, resolve_backbone
+from cifar_ft.models.weights import WEIGHTS_MB, fetch_weights, resolve_backbone

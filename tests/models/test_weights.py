@@ -70,7 +70,7 @@ def test_torchvision_weights_are_fetched_once_checked_and_mended(small, server, 
     small.write_bytes(small.read_bytes()[:-1] + b"?")
     assert fetch_weights("resnet50").sha256 == got.sha256
     assert f"{small.name} is damaged (SHA-256 " in said[0]
-    assert "fetching it again" in said[0]
+    assert "has to be fetched again" in said[0]
 
 
 def test_the_hub_copy_is_the_second_source(small, server, tmp_path):
