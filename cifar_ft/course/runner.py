@@ -6,6 +6,7 @@ What papermill lets pass in silence (unknown names, strings for numbers) is refu
 from __future__ import annotations
 
 import ast
+import html
 import json
 import logging
 import os
@@ -268,12 +269,14 @@ def drop_widgets(notebook: Any) -> None:
 
 
 def _write_page(path: Path) -> None:
-    """Write an executed notebook as an HTML page beside it."""
+    """Write an executed notebook as an HTML page beside it, for others: without the folders above its own."""
     if path.exists():
         import nbformat
         from nbconvert import HTMLExporter
 
         notebook = nbformat.read(path, 4)
         drop_widgets(notebook)
-        html, _ = HTMLExporter(template_name="lab").from_notebook_node(notebook, {"metadata": {"name": path.stem}})
-        write_atomic(path.with_suffix(".html"), html.encode())
+        page, _ = HTMLExporter(template_name="lab").from_notebook_node(notebook, {"metadata": {"name": path.stem}})
+        for folder, shown in ((str(path.parent), path.parent.name), (show_path(path.parent), path.parent.name)):
+            page = page.replace(folder, shown).replace(html.escape(folder), html.escape(shown))
+        write_atomic(path.with_suffix(".html"), page.encode())
