@@ -83,18 +83,17 @@ class Spans(io.RawIOBase):
         return len(data)
 
 
-def parts(file, most_scans: int) -> Parts | None:
-    """What a file is made of; None if it is neither PNG nor JPEG. Where it was read last does not change.
+def parts(file, most_scans: int, start: int = 0) -> Parts:
+    """What a file is made of; nothing if it is neither PNG nor JPEG. Where it was read last does not change.
 
-    Of a JPEG file that is the first picture, with no more than one scan beyond `most_scans`.
+    Of a JPEG file that is the picture at `start`, with no more than one scan beyond `most_scans`.
     """
     place = file.tell()
-    try:
-        file.seek(0)
-        head = file.read(len(PNG))
-        return _png(file) if head == PNG else _jpeg(file, most_scans) if head.startswith(JPEG) else None
-    finally:
-        file.seek(place)
+    file.seek(start)
+    head = file.read(len(PNG))
+    found = _png(file) if head == PNG else _jpeg(file, most_scans, start) if head.startswith(JPEG) else Parts()
+    file.seek(place)
+    return found
 
 
 def for_decoder(file, found: Parts) -> io.BufferedReader:
@@ -149,8 +148,8 @@ def _inflated(data: bytes, most: int) -> bytes:
     return whole if inflate.eof else b""
 
 
-def _jpeg(file, most_scans: int) -> Parts:
-    found, done, marker, place = Parts(), 0, 0, 2
+def _jpeg(file, most_scans: int, start: int) -> Parts:
+    found, done, marker, place = Parts(), start, 0, start + 2
     while marker != JPEG_END and found.scans <= most_scans:
         marker, start, place = _marker(file, place)
         if marker == JPEG_END or marker in JPEG_ALONE:

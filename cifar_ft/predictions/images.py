@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -27,6 +28,8 @@ MAX_SAMPLE_VALUES = (ExifTags.Base.MaxSampleValue, ExifTags.Base.SMaxSampleValue
 # They may also hold the brightest value that occurs, which says nothing: only a whole number of bits counts.
 WHOLE_BITS = [2**bits - 1 for bits in range(8, 33)]
 SRGB = {b"gAMA": [45455], b"cHRM": [31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000]}  # as PNG files say it
+# Profiles that Pillow does not hand out: in JPEG 2000, AVIF (there other primaries, by number), GIF and BMP files.
+OTHER_PROFILES = re.compile(rb"colr[\2\3]|colrnclx\0[^\1\2]|ICCRGBG1012|^BM.{12}\x7c\0\0\0.{52}(DEBM|KNIL)", re.DOTALL)
 SIZE = 32  # pixels: the width of the pictures that the models were trained on
 MAX_PIXELS = 50_000_000
 MAX_PIXELS_JPEG2000 = 12_000_000  # its decoder takes 12 bytes a pixel
@@ -172,22 +175,30 @@ def _opened(source) -> Iterator[tuple[Image.Image, Parts]]:
     """A PIL image, not decoded yet, and what its file is made of; what was given stays open."""
     if isinstance(source, Image.Image):
         file = getattr(source, "fp", None) if source.format in ("PNG", "JPEG", "MPO") else None
-        yield source, (parts(file, MAX_SCANS) if file else None) or Parts()
+        start = getattr(source, "offset", 0)  # of a picture in an MPO file
+        yield source, parts(file, MAX_SCANS, start) if file and not getattr(file, "closed", False) else Parts()
         return
     if hasattr(source, "__array__"):
         yield _array_image(source), Parts()
         return
     Image.init()
     kinds = [kind for kind in FORMATS if kind in Image.OPEN]
-    with open(source, "rb") if isinstance(source, str) else nullcontext(source) as file:
-        if found := parts(file, MAX_SCANS):
-            with Image.open(for_decoder(file, found), formats=kinds) as image:
-                if b"iCCP" in found.told:
-                    image.info["icc_profile"] = found.told[b"iCCP"]
-                yield image, found
-            return
-    with Image.open(source, formats=kinds) as image:
-        yield image, Parts()
+    with open(source, "rb") if isinstance(source, str) else nullcontext(_movable(source)) as file:
+        found = parts(file, MAX_SCANS)
+        seen = for_decoder(file, found) if found.kept else source if isinstance(source, str) else file
+        with Image.open(seen, formats=kinds) as image:
+            if b"iCCP" in found.told:
+                image.info["icc_profile"] = found.told[b"iCCP"]
+            yield image, found
+
+
+def _movable(file):
+    """The file, or what a stream holds that cannot be moved about in."""
+    try:
+        file.seek(0)
+    except (AttributeError, io.UnsupportedOperation):
+        return io.BytesIO(file.read())
+    return file
 
 
 def _decoded(image: Image.Image, found: Parts) -> Picture:
@@ -197,7 +208,7 @@ def _decoded(image: Image.Image, found: Parts) -> Picture:
     try:
         image.load()
     except ValueError:  # of a text after the pixels, for example; no tile is left once all are decoded
-        if getattr(image, "tile", True):
+        if image.format != "PNG" or image.tile:
             raise
     image = _upright(image, said.turned, notes)
     size = image.size
@@ -396,6 +407,13 @@ def _has_odd_colours(image: Image.Image, found: Parts) -> bool:
     for name, usual in {} if b"sRGB" in told else SRGB.items():
         data = told.get(name, b"")
         if len(data) == 4 * len(usual) and not np.allclose(np.frombuffer(data, ">u4"), usual, rtol=0.05):
+            return True
+    if image.format in ("AVIF", "BMP", "GIF", "JPEG2000") and getattr(image, "fp", None):
+        place = image.fp.tell()
+        image.fp.seek(0)
+        head = image.fp.read(2**16)
+        image.fp.seek(place)
+        if OTHER_PROFILES.search(head):
             return True
     with suppress(Exception):  # of damaged EXIF data; the pixels may be good
         return image.getexif().get_ifd(ExifTags.IFD.Interop).get(1) == "R03"  # cameras' word for Adobe RGB

@@ -139,7 +139,24 @@ def test_a_file_is_seen_in_spans_without_losing_its_place():
     assert seen.read() == JPEG
     assert seen.seek(-2, io.SEEK_END) == len(JPEG) - 2
     assert seen.read(5) == b"\xff\xd9"
-    assert parts(io.BytesIO(b"GIF89a"), 100) is None
+    assert parts(io.BytesIO(b"GIF89a"), 100).kept == []
+
+
+def test_a_stream_that_cannot_be_moved_about_in_is_read():
+    class Stream:
+        def __init__(self, content):
+            self.read = io.BytesIO(content).read
+
+    for content in (PNG, JPEG, file_of("GIF")):
+        assert torch.equal(read_image(Stream(content)), read_image(content))
+
+
+def test_later_pictures_of_an_open_file_are_looked_at_too():
+    with Image.open(io.BytesIO(file_of("MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))]))) as image:
+        image.seek(1)
+        first, second = (parts(image.fp, 100, start).kept for start in (0, image.offset))
+        assert second[0][0] == image.offset >= first[-1][1]
+        assert read_image(image).shape == (3, 8, 8)
 
 
 def test_texts_may_still_say_which_way_up_a_picture_is():

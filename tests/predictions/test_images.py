@@ -292,6 +292,20 @@ def test_colours_that_cannot_be_converted_are_shown_as_they_are_and_that_is_said
     assert found.notes == (Note("profile_ignored"),)
 
 
+def test_profiles_that_the_decoder_does_not_hand_out_are_told_of():
+    gif = file_of(COLOUR.quantize(2), "GIF")
+    start = 13 + 3 * 2 ** (1 + (gif[10] & 7))
+    bmp = file_of(COLOUR, "BMP")
+    contents = [
+        gif[:start] + b"\x21\xff\x0bICCRGBG1012\x01x\0" + gif[start:],
+        bmp[:10] + struct.pack("<II", 138, 124) + bmp[18:54] + bytes(16) + b"DEBM" + bytes(64) + bmp[54:],
+    ]
+    if features.check("avif"):
+        contents.append(file_of(COLOUR, "AVIF", quality=100).replace(b"colrnclx\0\1", b"colrnclx\0\x0c"))
+    for content in contents:
+        assert read_picture(content).notes == (Note("profile_ignored"),)
+
+
 def test_a_failing_library_is_not_called_damage(monkeypatch):
     def fail(self):
         raise MemoryError
