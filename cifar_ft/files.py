@@ -56,7 +56,7 @@ def full_path(path: str | os.PathLike, what: str = "path") -> Path:
         problem = "it is empty; name a file or folder"
     elif ADDRESS.match(text) and not os.path.isabs(text):
         problem = "it is an address or another system's path; name a file or folder of this machine"
-    elif text.startswith("~"):
+    elif text.lstrip().startswith("~"):
         problem = f"there is no such home folder; write it in full, or ./{given} for a name that begins with ~"
     if problem and not (given.strip() and os.path.lexists(text)):
         error = FileError(f"{what} {given!r}: {problem}")
