@@ -255,7 +255,7 @@ def _is_turned(image: Image.Image) -> bool:
 
 
 def _upright(image: Image.Image, turned: bool, notes: list[Note]) -> Image.Image:
-    if not turned and not _is_turned(image):  # some files tell only once they are decoded
+    if not turned and not _is_turned(image):
         return image
     notes.append(Note("turned_upright"))
     return ImageOps.exif_transpose(image)
@@ -273,7 +273,7 @@ def _reduced(image: Image.Image, notes: list[Note]) -> Image.Image:
 class Said(NamedTuple):
     """What an open file says of its pixels; Pillow forgets most of it in decoding."""
 
-    turned: bool  # stored turned or mirrored
+    turned: bool  # stored turned or mirrored; of TIFF files only, since others still say so once decoded
     brightest: tuple[int, ...]  # what may stand for full brightness; the first holds that no value exceeds
     white_is_0: bool
     clear: int | tuple[int, ...] | None  # the one grey or colour that is transparent, as it is after decoding
@@ -295,7 +295,9 @@ def _said(image: Image.Image, found: Parts) -> Said:
     profile = image.info.get("icc_profile") or None
     if profile is None and ("icc_profile" in image.info or _has_odd_colours(image, found)):
         profile = b""
-    return Said(_is_turned(image), brightest, white_is_0, clear, profile)
+    # Asked for its EXIF data a PNG file is decoded, and `_is_turned` would swallow what goes wrong.
+    turned = image.format == "TIFF" and _is_turned(image)
+    return Said(turned, brightest, white_is_0, clear, profile)
 
 
 def _value_range(image: Image.Image, found: Parts) -> tuple[tuple[int, ...], bool]:
@@ -374,7 +376,7 @@ def _srgb(image: Image.Image, profile: bytes | None, notes: list[Note]) -> Image
             notes.append(Note("profile_ignored"))
     if image.mode == "CMYK":
         notes.append(Note("cmyk_converted"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _by_profile(image: Image.Image, profile: bytes, notes: list[Note]) -> Image.Image:
@@ -415,8 +417,9 @@ def _has_odd_colours(image: Image.Image, found: Parts) -> bool:
         image.fp.seek(place)
         if OTHER_PROFILES.search(head):
             return True
-    with suppress(Exception):  # of damaged EXIF data; the pixels may be good
-        return image.getexif().get_ifd(ExifTags.IFD.Interop).get(1) == "R03"  # cameras' word for Adobe RGB
+    if image.format in ("JPEG", "MPO"):
+        with suppress(Exception):  # of damaged EXIF data; the pixels may be good
+            return image.getexif().get_ifd(ExifTags.IFD.Interop).get(1) == "R03"  # cameras' word for Adobe RGB
     return False
 
 
@@ -429,9 +432,8 @@ def _on_white(image: Image.Image, alpha: Image.Image | None, notes: list[Note]) 
         notes.append(Note("transparency_ignored"))
     elif lowest < 255:
         notes.append(Note("transparent_on_white"))
-        image.putalpha(alpha)
         white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image)
+        white.alpha_composite(Image.merge("RGBA", (*image.split(), alpha)))
         image = white.convert("RGB")
     return torch.from_numpy(np.asarray(image)).permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
 

@@ -142,6 +142,12 @@ def test_a_file_is_seen_in_spans_without_losing_its_place():
     assert parts(io.BytesIO(b"GIF89a"), 100).kept == []
 
 
+def test_a_long_text_after_the_pixels_does_not_decide_in_a_file_that_others_opened():
+    content = PNG[:-12] + chunk(b"zTXt", b"Comment\0\0" + LONG) + PNG[-12:]
+    for more in (b"", chunk(b"eXIf", b"II*\0\x08\0\0\0" + bytes(6))):
+        assert torch.equal(read_image(Image.open(io.BytesIO(content[:33] + more + content[33:]))), read_image(PNG))
+
+
 def test_a_stream_that_cannot_be_moved_about_in_is_read():
     class Stream:
         def __init__(self, content):

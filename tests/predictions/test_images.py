@@ -546,6 +546,23 @@ def test_a_truncated_file_is_refused_or_whole_and_never_half_grey(kind, tmp_path
         read_image(tmp_path / f"half.{kind.lower()}")
 
 
+def test_damaged_pixels_are_not_taken_for_the_picture():
+    data = bytearray(zlib.compress(b"".join(b"\0" + row.tobytes() for row in picture(300, 300))))
+    data[len(data) // 2 : len(data) // 2 + 40] = 40 * b"\xff"
+    content = png(300, 8, 2, b"", height=300).replace(zlib.compress(b"\0"), b"")
+    damaged = content[: content.index(b"IDAT") - 4] + struct.pack(">I", len(data)) + b"IDAT" + data + bytes(4)
+    for source in (damaged, Image.open(io.BytesIO(damaged))):
+        with pytest.raises(ImageError, match="damaged, incomplete"):
+            read_image(source)
+
+
+def test_a_picture_given_stays_as_it_is():
+    given = Image.new("RGB", (4, 4), (1, 2, 3))
+    given.info |= {"transparency": (1, 2, 4), "icc_profile": P3}
+    assert read_picture(given).notes == (Note("profile_converted"),)
+    assert (given.mode, given.getpixel((0, 0)), set(given.info)) == ("RGB", (1, 2, 3), {"transparency", "icc_profile"})
+
+
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.sampled_from(list(KINDS)),
