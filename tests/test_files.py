@@ -65,7 +65,8 @@ def test_above_a_link_is_above_its_target(home, tmp_path):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("", "it is empty"), ("  ", "it is empty"), ("~nobody-of-this-name/run", "no such home folder"), (" ~/run", "write it in full"),
+        ("", "it is empty"), ("  ", "it is empty"), ("~nobody-of-this-name/run", "no such home folder"),
+        (" ~/run", "write it in full"),
         ("s3://bucket/run", "an address"), ("file:///run", "an address"),
     ],
 )  # fmt: skip
