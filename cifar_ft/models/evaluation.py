@@ -29,7 +29,7 @@ class DeviceError(CifarFtError):
 def choose_device(name: str | torch.device = "auto") -> torch.device:
     """The device of this name: "cpu", "cuda", "cuda:1", "mps", or "auto".
 
-    "auto" is what `$CIFAR_FT_DEVICE` names, else the first GPU, else Apple's, else the CPU.
+    "auto" is what `$CIFAR_FT_DEVICE` names, else a GPU (the current one of PyTorch), else Apple's, else the CPU.
 
     Raises
     ------

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from cifar_ft import CifarFtError, log
 from cifar_ft.files import PACKAGE, FileError, data_root, write_atomic
-from cifar_ft.models import build_model
+from cifar_ft.models import build_model, choose_device
 from cifar_ft.recipes import Recipe
 from cifar_ft.training.convolutions import speed_up
 
@@ -46,10 +46,12 @@ class Plan:
     onednn: bool = True  # the CPU library for convolutions, off where it crashes
 
     @classmethod
-    def stored(cls, values: dict) -> Plan:
-        """The plan of a run's config.json, which another version may have written."""
+    def stored(cls, values: dict, device: torch.device) -> Plan:
+        """The plan of a run's config.json, which another version may have written, for this device."""
         known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
+        plan = cls(**{name: value for name, value in values.items() if name in known})
+        _check_precision(plan.precision, device)
+        return plan
 
     def apply(self) -> None:
         """Set what is global to the process: threads and oneDNN."""
@@ -78,8 +80,7 @@ def choose_plan(recipe: Recipe, backbone: str, device: torch.device) -> Plan:
         For fp16 without an NVIDIA GPU.
     """
     asked = recipe.precision
-    if asked == "fp16" and device.type != "cuda":
-        raise CifarFtError("precision=fp16 needs an NVIDIA GPU; use bf16, fp32 or auto here")
+    _check_precision(asked, device)
     if device.type == "cuda":
         fastest = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         return Plan(fastest if asked == "auto" else asked)
@@ -92,6 +93,11 @@ def choose_plan(recipe: Recipe, backbone: str, device: torch.device) -> Plan:
         plan = Plan(precision, plan.threads, onednn=False)
     log.info(f"Training in {plan} ({why})")
     return plan
+
+
+def _check_precision(precision: str, device: torch.device) -> None:
+    if precision == "fp16" and device.type != "cuda":
+        raise CifarFtError("precision=fp16 needs an NVIDIA GPU; use bf16, fp32 or auto here")
 
 
 def cpu_precision(backbone: str, vendor: str, features: frozenset[str]) -> tuple[str, str]:
@@ -118,7 +124,8 @@ def survives(recipe: Recipe, plan: Plan) -> bool:
         return True
     # Whatever decides which convolutions oneDNN meets, and where.
     shapes = ("backbone", "stem", "max_pool", "last_stage", "freeze", "image_size", "train_sizes", "batch_size")
-    question = [describe_machine(), torch.__version__, plan.precision, *(getattr(recipe, name) for name in shapes)]
+    machine = describe_machine(torch.device("cpu"))
+    question = [machine, torch.__version__, plan.precision, *(getattr(recipe, name) for name in shapes)]
     file = data_root() / "onednn" / f"{hashlib.sha256(repr(question).encode()).hexdigest()[:16]}.txt"
     with suppress(OSError, UnicodeDecodeError):
         if (known := file.read_text(encoding="ascii")) in ("survives", "crashes"):
@@ -154,10 +161,10 @@ def trial_step(recipe: Recipe, precision: str) -> None:
         F.cross_entropy(logits, torch.arange(recipe.batch_size) % 10).backward()
 
 
-def describe_machine() -> str:
-    """One line on the machine: processor, threads, and the GPU if there is one."""
-    name = _cpuinfo("model name") or platform.processor() or platform.machine()
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+def describe_machine(device: torch.device | None = None) -> str:
+    """One line on the machine: processor, threads, and the GPU if `device` is one; None: what "auto" is."""
+    name, device = _cpuinfo("model name") or platform.processor() or platform.machine(), device or choose_device()
+    gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     return f"{name}, {torch.get_num_threads()} threads{gpu}"
 
 

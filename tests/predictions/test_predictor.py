@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cifar_ft.data import CLASSES
-from cifar_ft.models import build_model, predict_logits
+from cifar_ft.models import DeviceError, build_model, predict_logits
 from cifar_ft.predictions import ImageError, Note, Prediction, PredictionError, Predictor
 from cifar_ft.predictions import predictor as module
 from cifar_ft.results import RunError, energy, fit_calibration
@@ -322,6 +323,13 @@ def test_a_damaged_calibration_is_refused(predictor, damaged):
         calibrated(predictor, **damaged)
 
 
+@pytest.mark.parametrize("damaged", [[1.5], "1.5", 1.5, {}, True])
+def test_a_runs_calibration_that_is_no_dictionary_is_refused(run_dir, damaged):
+    changed(run_dir / "metrics.json", calibration=damaged)
+    with pytest.raises(PredictionError, match=r"the calibration of the run smoke-1 .* is damaged"):
+        Predictor.from_run(run_dir)
+
+
 def test_probabilities_are_divided_by_the_temperature(predictor, samples):
     logits = predict_logits(predictor.model, samples, eval_transform(predictor.recipe))
     mild = calibrated(predictor, temperature=4.0).predict_proba(samples)
@@ -343,3 +351,18 @@ def test_energy_threshold_leaves_the_stated_share_of_validation_below():
     found = fit_calibration(logits, logits.argmax(1), false_alarms=0.03)
     assert (energy(logits) < found["lowest_energy"]).mean() == pytest.approx(0.03, abs=1e-3)
     assert found["temperature"] < 1  # always right, and never sure enough
+
+
+def test_the_device_is_the_one_that_is_named_or_a_gpu(run_dir, monkeypatch):
+    """Stand-ins: a model is only told where to go."""
+    monkeypatch.delenv("CIFAR_FT_DEVICE", raising=False)
+    placed = []
+    monkeypatch.setattr(module, "_placed", lambda model, device: placed.append(device) or model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for make in (Predictor.shipped, partial(Predictor.from_run, run_dir), Predictor.load, Predictor.newest_or_shipped):
+        make()
+        make(device="cpu")
+        with pytest.raises(DeviceError, match="no device 'cuda' here; choose from auto, mps, cpu"):
+            make(device="cuda")
+    assert placed == [torch.device(name) for name in ("mps", "cpu") * 4]
