@@ -172,6 +172,8 @@ def predict(
     from cifar_ft.predictions import PARTIAL, Predictor, count_files, is_device, predict_paths, write_csv
     from cifar_ft.training import keep_memory
 
+    if csv is None and sys.stdout is None:
+        raise typer.BadParameter("there is no standard output for the rows; name a file with --csv")
     if csv and not is_device(csv):
         check_target(csv)
     keep_memory()

@@ -222,5 +222,6 @@ def progress(
     """A bar for people, on a terminal or in a notebook; silent in a log file, and where there is no output at all."""
     file = sys.stderr if file is None else file
     notebook = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)() is not None
-    watched = file is not None and (notebook or file.isatty())
+    gone = file is None or getattr(file, "closed", False)
+    watched = not gone and (notebook or file.isatty())
     return tqdm(items, label or None, leave=False, disable=hidden or not watched, file=file, **options)

@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit status, what it says and where; real processes for what only they show."""
 
 import csv
+import errno
 import io
 import os
 import signal
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cifar_ft import __version__, course, data, models, predictions, training, widget
+from cifar_ft import __version__, course, data, log, models, predictions, training, widget
 from cifar_ft.__main__ import main
 
 TINY = ["backbone=resnet18", "last_stage=1", "image_size=16", "train_images=all", "val_images=all", "test_images=all"]
@@ -208,6 +209,62 @@ def test_a_reader_that_stops_and_a_signal_end_a_real_process_without_a_traceback
     assert (reading.wait(60), writing.wait(60)) == (1, 130), said
     assert "Traceback" not in "".join(said)
     assert (pictures / "rows.csv.partial").read_text().startswith("path,label,probability,error\n0.png,")
+
+
+# -- messages
+
+
+class Broken(io.StringIO):
+    """Standard output whose reader has gone."""
+
+    def write(self, text):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+def ascii_only():
+    return io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+
+
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize(
+    "stream", [lambda: None, Broken, closed, ascii_only], ids=["none", "broken", "closed", "ascii"]
+)
+def test_a_message_that_nobody_can_get_does_not_decide_the_status(tmp_path, samples, monkeypatch, stream):
+    folder = tmp_path / "ümläut 😀 \udcff"
+    folder.mkdir()
+    Image.fromarray(samples.images[0].permute(1, 2, 0).numpy()).save(str(tmp_path / "a.png"))
+    os.rename(tmp_path / "a.png", folder / "猫 \udcfe.png")
+    monkeypatch.setattr(course, "checks", lambda: [(True, f"data in {folder}", "")])
+    monkeypatch.setattr(course, "run_course", lambda *_, **__: SimpleNamespace(table=lambda: f"in {folder}"))
+    monkeypatch.setattr(data, "fetch_cifar10", lambda *_: log.info(f"in {folder}"))
+    monkeypatch.setattr(predictions, "export_checked", lambda *_: log.info(f"in {folder}"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    csv = folder / "rows.csv"
+    for arguments, status in (
+        (["check"], 0),
+        (["course"], 0),
+        (["data"], 0),
+        (["export"], 0),
+        (["predict", str(folder), "--csv", str(csv)], 0),
+        (["predict", str(folder / "none.png"), "--csv", str(csv)], 1),
+    ):
+        monkeypatch.setattr(sys, "argv", ["cifar_ft", *arguments])
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream())
+            patch.setattr(sys, "stderr", stream())
+            with pytest.raises(SystemExit) as ended:
+                main()
+        assert ended.value.code == status, arguments
+
+
+def test_rows_without_a_standard_output_need_a_file(run, pictures, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run("predict", pictures).returncode == 2
 
 
 # -- check, course, train
