@@ -81,7 +81,7 @@ def serve(
         server = subprocess.Popen(arguments, env=settings, cwd=folder, start_new_session=True)
         try:
             _wait_until_ready(server, folder / "ready", pool)
-            url = f"http://{host}:{port}/"
+            url = page_address(host, port)
             log.info(f"The app is ready: {url} (Ctrl-C stops it)")
             if browser:
                 webbrowser.open(url)
@@ -91,6 +91,11 @@ def serve(
             log.info("Stopped.")
         finally:
             _end(server)
+
+
+def page_address(host: str, port: int) -> str:
+    """Where the page is; an IPv6 address stands in brackets there."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
 def check_port(host: str, port: int) -> None:

@@ -190,3 +190,11 @@ def test_a_page_without_a_model_says_why(monkeypatch):
         log.setLevel(level)
     assert 'role="alert"' in shown[0].data
     assert "no &lt;model&gt; here" in shown[0].data
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [("127.0.0.1", "http://127.0.0.1:80/"), ("::1", "http://[::1]:80/"), ("my-pc", "http://my-pc:80/")],
+)
+def test_the_page_has_an_address_that_a_browser_opens(host, address):
+    assert app.page_address(host, 80) == address
