@@ -122,12 +122,14 @@ def download(url: str, target: Path, digest: str = "", label: str = "") -> Path:
     retries, again = 0, False
     try:
         while True:
-            resumed, came = part.path.exists(), part.came
+            resumed, came = _size(part.path) > 0, part.came
             try:
                 _transfer(url, part, label)
             except SourceError as error:
                 retries = 1 if part.came - came >= WORTH else retries + 1
                 if retries > RETRIES or not part.came:
+                    if not _size(part.path):
+                        part.path.unlink(missing_ok=True)
                     raise
                 log.info(f"{label}: {error}; trying again ({retries} of {RETRIES})")
                 time.sleep(RETRY_PAUSE)

@@ -85,6 +85,9 @@ def test_a_login_page_under_another_name_is_not_taken_for_the_file(target, serve
     server.files["/file"], server.modes["/file"] = page, "no range"
     assert failure(f"{server.url}/file", target) == WEB_PAGE
     assert target.with_name("file.part").read_bytes() == BODY[:100]  # what came before it is still good
+    target.with_name("file.part").unlink()
+    assert failure(f"{server.url}/file", target) == WEB_PAGE
+    assert list(target.parent.iterdir()) == []
 
 
 def certificate(code: int) -> ssl.SSLCertVerificationError:
