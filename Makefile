@@ -40,8 +40,8 @@ benchmarks: $(READY)  ## speed against what else there is, on an idle machine; t
 	$(RUN) -m pip install $(PIP_ARGS) -r benchmarks/requirements.txt
 	$(RUN) -m benchmarks all
 
-badges: $(READY)  ## badges and set-up cells, after a change of address in pyproject.toml
-	$(RUN) -m tools.badges
+badges: $(READY)  ## write the address of the remote origin, or ARGS=https://..., into badges and set-up cells
+	$(RUN) -m tools.badges $(ARGS)
 
 report: $(READY)  ## result tables and images, from results/
 	$(RUN) -m tools.report

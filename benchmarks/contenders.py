@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cifar_ft import CifarFtError, log, models, transforms
 from cifar_ft.data import CLASSES, Cifar10, Split, load_cifar10
+from cifar_ft.files import full_path
 from cifar_ft.models import predict_logits
 from cifar_ft.recipes import Recipe, get_recipe, parse_overrides
 from cifar_ft.training import peak_memory_mb
@@ -228,7 +229,7 @@ def make_recipe(name: str, lr: float | None, settings: list[str], **options) -> 
 
 def main(
     name: Annotated[Name, typer.Argument(help="What to train with.")],
-    out: Annotated[Path, typer.Option(help="JSON file to write.")],
+    out: Annotated[Path, typer.Option(parser=full_path, help="JSON file to write.")],
     images: Annotated[int, typer.Option(help="Training images.")] = 10_000,
     size: Annotated[int, typer.Option(help="Input size in pixels.")] = 64,
     epochs: Annotated[int, typer.Option(help="Passes over the images.")] = 3,

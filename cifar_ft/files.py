@@ -9,6 +9,8 @@ import contextlib
 import difflib
 import hashlib
 import os
+import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,6 +24,10 @@ from cifar_ft import CifarFtError, log
 
 PACKAGE = Path(__file__).resolve().parent
 ASSETS = PACKAGE / "assets"
+FOLDER_VARIABLES = ("CIFAR_FT_DATA", "CIFAR_FT_RUNS", "TORCH_HOME")
+ADDRESS = re.compile(r"[A-Za-z][\w+.-]*:[\\/]")  # s3://bucket, and C:\x where there are no drives
+# Control characters, line separators, what turns the direction of writing, and bytes that are no text.
+UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\udc80-\udcff]")
 
 
 class FileError(CifarFtError, RuntimeError):
@@ -33,26 +39,85 @@ def checkout() -> Path | None:
     return PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else None
 
 
+def full_path(path: str | os.PathLike, what: str = "path") -> Path:
+    """The absolute path of what a person gave, with `~` and `~user` as their homes.
+
+    Every path is made full once, where it enters: later the current folder, or whoever reads the path, may be another.
+
+    Raises
+    ------
+    FileError
+        As a wrong argument: for an empty path, an address, or the home of somebody unknown; `what` names it.
+    """
+    given = os.fsdecode(path)
+    text = os.path.expanduser(given)
+    problem = ""
+    if not given.strip():
+        problem = "it is empty; name a file or folder"
+    elif ADDRESS.match(text) and not os.path.isabs(text):
+        problem = "it is an address or another system's path; name a file or folder of this machine"
+    elif text.lstrip().startswith("~"):
+        problem = f"there is no such home folder; write it in full, or ./{given} for a name that begins with ~"
+    if problem and not (given.strip() and os.path.lexists(text)):
+        error = FileError(f"{what} {given!r}: {problem}")
+        error.wrong_argument = True
+        raise error
+    # `link/..` is the folder above the link's target, which abspath does not know
+    return Path(os.path.realpath(text) if ".." in Path(text).parts else os.path.abspath(text))
+
+
+def folder_variable(name: str) -> Path | None:
+    """The folder that an environment variable names, if any; `set NAME="C:\\x"` leaves the quotes in its value."""
+    value = re.sub(r"^(['\"])(.*)\1$", r"\2", os.environ.get(name, "").strip())
+    return full_path(value, name) if value.strip() else None
+
+
+def folder_variables() -> dict[str, str]:
+    """Those that are set, in full: for a process that works in another folder."""
+    found = ((name, folder_variable(name)) for name in FOLDER_VARIABLES)
+    return {name: str(folder) for name, folder in found if folder}
+
+
 def data_root(root: str | Path | None = None) -> Path:
     """The folder for data: `root`, else `$CIFAR_FT_DATA`, else the user's cache. It need not exist."""
-    chosen = root or os.environ.get("CIFAR_FT_DATA")
-    return Path(os.path.expanduser(chosen)) if chosen else platformdirs.user_cache_path("cifar_ft", appauthor=False)
+    default = platformdirs.user_cache_path("cifar_ft", appauthor=False)
+    return full_path(root) if root else folder_variable("CIFAR_FT_DATA") or default
 
 
 def runs_root() -> Path:
     """Where runs are kept: $CIFAR_FT_RUNS, else `runs` beside the checkout's pyproject.toml, else ./runs."""
-    if os.environ.get("CIFAR_FT_RUNS"):
-        return Path(os.environ["CIFAR_FT_RUNS"]).expanduser()
-    return (checkout() or Path()) / "runs"
+    return folder_variable("CIFAR_FT_RUNS") or (checkout() or Path.cwd()) / "runs"
 
 
 def show_path(path: str | Path) -> str:
-    """A path as text for people, the home directory shortened to `~`."""
-    full = Path(os.path.abspath(os.path.expanduser(path)))
+    """A path for people to read, the home directory shortened to `~`: neither data nor part of a command."""
+    full = os.path.abspath(os.path.expanduser(path))
     with contextlib.suppress(ValueError, RuntimeError):  # outside of home; no home at all
-        inside = full.relative_to(Path.home())
-        return "~" if inside == Path(".") else f"~/{inside.as_posix()}"
-    return str(full)
+        inside = Path(full).relative_to(Path.home())
+        full = "~" if inside == Path(".") else f"~/{inside.as_posix()}"
+    return printable(full)
+
+
+def printable(text: str) -> str:
+    """Text from elsewhere, such as a file's name, that does nothing to a terminal but be shown."""
+    return UNPRINTABLE.sub(_escaped, text)
+
+
+def command(*words: object) -> str:
+    """`python -m cifar_ft` with these words as a line to type, quoted as the platform's shell wants it."""
+    return " ".join(map(_quoted, ["python", "-m", "cifar_ft", *map(str, words)]))
+
+
+def _quoted(word: str) -> str:
+    if os.name == "nt":  # where no name holds a quote
+        return word if re.fullmatch(r"[\w\\/:.=+-]+", word) else f'"{word}"'
+    if not UNPRINTABLE.search(word):
+        return shlex.quote(word)
+    return "$'" + UNPRINTABLE.sub(_escaped, re.sub(r"([\\'])", r"\\\1", word)) + "'"
+
+
+def _escaped(found: re.Match) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in found[0].encode(errors="surrogateescape"))
 
 
 def one_line(text: object) -> str:
@@ -79,7 +144,7 @@ def file_digest(path: Path, algorithm: str = "sha256") -> str:
 
 def check_target(path: str | os.PathLike) -> Path:
     """The real path of a file to write, links followed; FileError, as a wrong argument, where it cannot be one."""
-    path = Path(os.path.realpath(os.path.expanduser(path)))
+    path = Path(os.path.realpath(full_path(path)))
     problem = (
         "it is a folder" if path.is_dir() else "it is no regular file" if path.exists() and not path.is_file() else ""
     )
@@ -123,7 +188,7 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> Path:
     FileError
         When the disk is full or the folder cannot be written; an earlier file stays whole.
     """
-    path = Path(path)
+    path = full_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -157,5 +222,6 @@ def progress(
     """A bar for people, on a terminal or in a notebook; silent in a log file, and where there is no output at all."""
     file = sys.stderr if file is None else file
     notebook = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)() is not None
-    watched = file is not None and (notebook or file.isatty())
+    gone = file is None or getattr(file, "closed", False)
+    watched = not gone and (notebook or file.isatty())
     return tqdm(items, label or None, leave=False, disable=hidden or not watched, file=file, **options)

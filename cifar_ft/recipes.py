@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
+from pathlib import PureWindowsPath
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, model_validator
@@ -56,7 +57,7 @@ class Recipe(BaseModel):
     # the model
     backbone: Literal["auto", "resnet50", "resnet18", "efficientnet_lite0"] = "auto"  # auto: see resolve_backbone
     weights: str = "imagenet"  # "imagenet", "none" for random weights on purpose, or the path of a weights file
-    # a new stem is a 3x3 convolution of stride 1, random or resampled from the pretrained one
+    # a new stem is a 3x3 convolution of stride 1: random, or the pretrained one, resampled if it is not 3x3 already
     stem: Literal["pretrained", "cifar_random", "cifar_resampled"] = "pretrained"
     max_pool: Flag = True  # keep the ResNet's max-pool after the stem
     last_stage: Annotated[
@@ -192,7 +193,7 @@ _modern = Recipe(
     nesterov=True, schedule="one_cycle", label_smoothing=0.1, ema_decay=0.999,
 )  # fmt: skip
 
-# AdamW suits EfficientNet-Lite0: at the same number of steps SGD stays behind, far behind when the steps are few.
+# AdamW, which was ahead of SGD wherever both were tried on EfficientNet-Lite0 (docs/how_recipes_were_found.md).
 _quick = Recipe(
     "quick", freeze="early", image_size=112, epochs=2, train_sizes=(80, 112), batch_size=64, optimizer="adamw",
     lr=0.001, weight_decay=0.05, schedule="one_cycle", label_smoothing=0.05, ema_decay=0.995,
@@ -220,6 +221,11 @@ RECIPES: dict[str, Recipe] = {
         ),
     )
 }  # fmt: skip
+
+
+def weights_name(weights: str) -> str:
+    """A recipe's weights for a file that others may read: of a path the name alone, without this machine's folders."""
+    return PureWindowsPath(weights).name  # knows either slash
 
 
 def get_recipe(name: str, overrides: str | Iterable[str] | Mapping[str, object] = ()) -> Recipe:

@@ -12,7 +12,9 @@ class Server:
 
     `modes` (path -> mode, or a list with one for each request, the last for all that follow) says how: "ok", "hang",
     "close" without an answer, a status such as "503", "html", "wrong" bytes, "cut" or "stall" after half of them,
-    "no range", "other range". `requests` lists (path, Range header), `sent` the bytes of each answer.
+    "no range", "other range", a "short" range, "no If-Range". `headers` go with each answer; an "ETag" among them is
+    held against If-Range. `requests` lists (path, Range header), `sent` the bytes of each answer. Asked for a tunnel,
+    as a proxy is, it answers with the status `modes["CONNECT"]`.
     """
 
     def __init__(self) -> None:
@@ -22,7 +24,7 @@ class Server:
         self.requests: list[tuple[str, str]] = []
         self.sent: list[int] = []
         self.closing = threading.Event()
-        answer = self.answer
+        answer, modes = self.answer, self.modes
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def log_message(self, *_):
@@ -30,6 +32,9 @@ class Server:
 
             def do_GET(self):
                 answer(self)
+
+            def do_CONNECT(self):
+                self.send_error(int(modes.get("CONNECT", "501")))
 
         self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
@@ -55,6 +60,8 @@ class Server:
         elif mode.isdigit() or path not in self.files:
             request.send_error(int(mode) if mode.isdigit() else 404)
         elif mode != "close":
+            if mode != "no If-Range" and request.headers.get("If-Range", "") not in ("", self.headers.get("ETag")):
+                wanted = ""
             self.send(request, mode, body, int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted else 0)
 
     def send(self, request: http.server.BaseHTTPRequestHandler, mode: str, body: bytes, start: int) -> None:
@@ -64,6 +71,7 @@ class Server:
         ranged = start > 0 and mode != "no range"
         start = 1 if ranged and mode == "other range" else start if ranged else 0
         rest = b"<!doctype html><title>Log in to the hotel's network</title>" if mode == "html" else body[start:]
+        rest = rest[:100] if mode == "short" else rest
         request.send_response(206 if ranged else 200)
         kind = "text/html" if mode == "html" else "application/octet-stream"
         for name, value in {**self.headers, "Content-Type": kind, "Content-Length": str(len(rest))}.items():

@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit status, what it says and where; real processes for what only they show."""
 
 import csv
+import errno
 import io
 import os
 import signal
@@ -11,9 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
-from cifar_ft import __version__, course, data, models, predictions, widget
+from cifar_ft import __version__, course, data, log, models, predictions, training, widget
 from cifar_ft.__main__ import main
 
 TINY = ["backbone=resnet18", "last_stage=1", "image_size=16", "train_images=all", "val_images=all", "test_images=all"]
@@ -66,6 +68,23 @@ def raising(error):
         (["predict", "x.png", "--fit", "stretch"], ["stretch", "crop", "pad"]),
         (["app", "--port", "99999"], ["--port", "65535"]),
         (["nonsense"], ["nonsense"]),
+        (["train", "--device", "cuda:9"], ["no device 'cuda:9' here", "choose from auto"]),
+        (["predict", "x.png", "--device", "gpu"], ["no device 'gpu' here"]),
+        (["export", "--device="], ["no device '' here"]),
+        (["app", "--device", "tpu"], ["no device 'tpu' here"]),
+        (["predict", "x.png", "--run", "no-run"], ["no run directory", "no-run"]),
+        (["predict", "x.png", "--run", "."], ["no run directory", "no config.json"]),
+        (["predict", "x.png", "--run="], ["--run", "it is empty"]),
+        (["export", "--run", "no-run"], ["no run directory", "no-run"]),
+        (["export", "--out", "~nobody-here/m.onnx"], ["--out", "no such home folder"]),
+        (["app", "--run", "no-run"], ["no run directory", "no-run"]),
+        (["train", "--weights", "no.pt"], ["--weights", "no.pt", "there is no file"]),
+        (["train", "--weights="], ["--weights", "it is empty"]),
+        (["train", "--out="], ["--out", "it is empty"]),
+        (["train", "--out", "s3://bucket/run"], ["--out", "an address"]),
+        (["train", "--out", __file__], ["--out", "test_cli.py", "is no folder"]),
+        (["course", "--out", f"{__file__}/below"], ["--out", "test_cli.py", "is no folder"]),
+        (["data", "--root", __file__], ["--root", "is no folder"]),
     ],
 )
 def test_a_wrong_argument_exits_2_and_says_what_is_allowed(run, tmp_path, monkeypatch, arguments, names):
@@ -78,10 +97,11 @@ def test_a_wrong_argument_exits_2_and_says_what_is_allowed(run, tmp_path, monkey
 
 
 def test_a_failure_exits_1_in_one_or_two_lines_and_with_debug_shows_the_traceback(run, tmp_path, monkeypatch):
-    done = run("predict", "x.png", "--run", tmp_path / "none")
+    (tmp_path / "config.json").write_text("no JSON")
+    done = run("predict", "x.png", "--run", tmp_path)
     assert done.returncode == 1
     assert len(done.err.strip().splitlines()) <= 2
-    assert "no run directory" in done.err
+    assert "config.json is damaged" in done.err
     monkeypatch.setattr(data, "fetch_cifar10", raising(KeyError("x")))
     done = run("data")
     assert (done.returncode, done.err) == (1, "Error: KeyError: 'x'\nRun it again with --debug to see where.\n")
@@ -109,7 +129,26 @@ def test_version_and_app_pass_on_what_they_are_told(run, monkeypatch):
     calls = []
     monkeypatch.setattr(widget, "serve", lambda *arguments: calls.append(arguments))
     assert run("app", "--port", 9000, "--no-browser", "--pool", 1).returncode == 0
-    assert calls == [(9000, "127.0.0.1", False, 1)]
+    assert calls == [(9000, "127.0.0.1", False, 1, "shipped")]
+
+
+def test_a_path_after_a_sign_of_equality_is_in_the_home_folder(run, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "load_cifar10", lambda root: asked.append(root))
+    monkeypatch.setattr(training, "fit", lambda recipe, data, out, **_: asked.append(out))
+    monkeypatch.setattr(widget, "serve", lambda *arguments: asked.append(Path(arguments[-1])))
+    monkeypatch.setattr(predictions, "export_checked", lambda *arguments: asked.extend(map(Path, arguments)))
+    for arguments in (
+        ["train", "--out=~/my run", "--root=~/data"],
+        ["app", "--run=~/my run"],
+        ["export", "--run=~/my run", "--out=~/m.onnx"],
+    ):
+        assert run(*arguments).returncode == 0
+    names = ("data", "my run", "my run", "my run", "m.onnx")
+    assert asked == [tmp_path / "home" / name for name in names]
+    assert not list(tmp_path.iterdir())
 
 
 # -- predict
@@ -172,6 +211,62 @@ def test_a_reader_that_stops_and_a_signal_end_a_real_process_without_a_traceback
     assert (pictures / "rows.csv.partial").read_text().startswith("path,label,probability,error\n0.png,")
 
 
+# -- messages
+
+
+class Broken(io.StringIO):
+    """Standard output whose reader has gone."""
+
+    def write(self, text):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+def ascii_only():
+    return io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+
+
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize(
+    "stream", [lambda: None, Broken, closed, ascii_only], ids=["none", "broken", "closed", "ascii"]
+)
+def test_a_message_that_nobody_can_get_does_not_decide_the_status(tmp_path, samples, monkeypatch, stream):
+    folder = tmp_path / "ümläut 😀 \udcff"
+    folder.mkdir()
+    Image.fromarray(samples.images[0].permute(1, 2, 0).numpy()).save(str(tmp_path / "a.png"))
+    os.rename(tmp_path / "a.png", folder / "猫 \udcfe.png")
+    monkeypatch.setattr(course, "checks", lambda: [(True, f"data in {folder}", "")])
+    monkeypatch.setattr(course, "run_course", lambda *_, **__: SimpleNamespace(table=lambda: f"in {folder}"))
+    monkeypatch.setattr(data, "fetch_cifar10", lambda *_: log.info(f"in {folder}"))
+    monkeypatch.setattr(predictions, "export_checked", lambda *_: log.info(f"in {folder}"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    csv = folder / "rows.csv"
+    for arguments, status in (
+        (["check"], 0),
+        (["course"], 0),
+        (["data"], 0),
+        (["export"], 0),
+        (["predict", str(folder), "--csv", str(csv)], 0),
+        (["predict", str(folder / "none.png"), "--csv", str(csv)], 1),
+    ):
+        monkeypatch.setattr(sys, "argv", ["cifar_ft", *arguments])
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream())
+            patch.setattr(sys, "stderr", stream())
+            with pytest.raises(SystemExit) as ended:
+                main()
+        assert ended.value.code == status, arguments
+
+
+def test_rows_without_a_standard_output_need_a_file(run, pictures, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run("predict", pictures).returncode == 2
+
+
 # -- check, course, train
 
 
@@ -201,7 +296,7 @@ def test_course_fetches_what_the_notebooks_need_and_prints_the_table(run, tmp_pa
     monkeypatch.setattr(course, "run_course", run_course)
     done = run("course", "--recipe", "smoke", "-p", "SEED=1", "--out", tmp_path)
     assert (done.returncode, fetched) == (0, ["there"])
-    assert "Weights: resnet18, V1, from torchvision\n\n\nRECIPE=smoke SEED=1       2.0 s\n" in done.out
+    assert "Weights: resnet18, V1, from torchvision\n\nRECIPE=smoke SEED=1       2.0 s\n" in done.out
 
 
 def test_train_leaves_a_run_and_resume_finds_it_finished(run, tmp_path, monkeypatch, small_data):
@@ -216,3 +311,41 @@ def test_train_leaves_a_run_and_resume_finds_it_finished(run, tmp_path, monkeypa
     assert "nothing to resume" in run("train", "--out", tmp_path / "run", "--resume").out  # the recipe is the run's
     other = run("train", "--out", tmp_path / "run", "--resume", "--set", "lr=0.5")
     assert (other.returncode, "lr" in other.err) == (1, True)
+
+
+def test_resume_where_nothing_has_begun_needs_a_recipe_to_begin(run, tmp_path, monkeypatch, small_data):
+    monkeypatch.setattr(data, "load_cifar10", raising(AssertionError("not before it is known what to train")))
+    for out in (tmp_path / "none", tmp_path):
+        done = run("train", "--resume", "--out", out, "--set", "epochs=1")
+        assert (done.returncode, "there is nothing to resume in" in done.err, "--recipe" in done.err) == (2, True, True)
+    monkeypatch.setattr(data, "load_cifar10", lambda root: small_data)
+    settings = [part for setting in [*TINY, "epochs=1"] for part in ("--set", setting)]
+    begun = run("train", "--resume", "--out", tmp_path / "new", "--recipe", "smoke", "--weights", "none", *settings)
+    assert (begun.returncode, "nothing to resume" in begun.out, "Test accuracy" in begun.out) == (0, True, True)
+
+
+def test_a_device_is_that_of_the_whole_command(run, pictures, monkeypatch, small_data):
+    monkeypatch.setenv("CIFAR_FT_DEVICE", "auto")  # is put back
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(data, "load_cifar10", lambda root: small_data)
+    seen = []
+    monkeypatch.setattr(training, "fit", lambda *_, **__: seen.append(models.choose_device()))
+    monkeypatch.setattr(widget, "serve", lambda *_: seen.append(os.environ["CIFAR_FT_DEVICE"]))
+    monkeypatch.setattr(predictions, "export_checked", lambda *_: seen.append(models.choose_device()))
+    monkeypatch.setattr(training, "start_processes", lambda: None)
+    for command in (["train", "--recipe", "smoke"], ["app"], ["export"]):
+        assert run(*command, "--device", "cuda:1").returncode == 0
+    assert seen == [torch.device("cuda:1"), "cuda:1", torch.device("cuda:1")]
+    assert run("predict", pictures, "--device", "cpu").returncode == 0
+
+
+def test_the_weights_of_a_run_to_be_resumed_may_be_gone(run, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(data, "load_cifar10", lambda root: None)
+    monkeypatch.setattr(training, "start_processes", lambda: None)
+    monkeypatch.setattr(training, "fit", lambda recipe, *_, **options: seen.append((recipe.weights, options)))
+    gone = tmp_path / "gone.pt"
+    options = ["--weights", gone, "--out", tmp_path / "run", "--resume", "--accept-changes"]
+    assert run("train", "--recipe", "smoke", *options).returncode == 0
+    assert seen == [(str(gone), {"resume": True, "accept_changes": True})]

@@ -68,10 +68,10 @@ def crash_at(patch, nth):
     patch.setattr(RunDirectory, "save_checkpoint", save_and_crash)
 
 
-def interrupted(patch, data, path, nth, **overrides):
+def interrupted(patch, data, path, nth, resume=False, accept_changes=False, **overrides):
     """Train `recipe(**overrides)` until its nth checkpoint."""
     with patch.context() as inner:
         crash_at(inner, nth)
         with pytest.raises(Crash):
-            fit(recipe(**overrides), data, path)
+            fit(recipe(**overrides), data, path, resume=resume, accept_changes=accept_changes)
     assert not (path / "metrics.json").exists()

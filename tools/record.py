@@ -23,7 +23,7 @@ from safetensors.torch import save as to_safetensors
 from cifar_ft import __version__, predictions, results
 from cifar_ft.course import NOTEBOOKS, find_notebooks, run_course
 from cifar_ft.data import CLASSES, load_cifar10
-from cifar_ft.files import show_path, write_atomic
+from cifar_ft.files import full_path, show_path, write_atomic
 from cifar_ft.predictions import PredictionError, Predictor
 from cifar_ft.recipes import get_recipe
 from cifar_ft.training import fit
@@ -33,7 +33,9 @@ from tools.study import measure_shipped
 
 TRAINING, READING = NOTEBOOKS[:4], NOTEBOOKS[4:]  # notebooks up to the training, and those that read a run
 SHIPPED_BYTES = 10_000_000
-Build = Annotated[Path, typer.Option("--out", help="Folder of the run; a finished one is not repeated.")]
+Build = Annotated[
+    Path, typer.Option("--out", parser=full_path, help="Folder of the run; a finished one is not repeated.")
+]
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from cifar_ft import CifarFtError, plots, results
+from cifar_ft import CifarFtError, models, plots, results
 from cifar_ft.data import CLASSES, load_samples
 from cifar_ft.predictions import Predictor
 from tools.charts import CONTENDERS, comparison_chart, growth_chart
@@ -115,10 +115,19 @@ def shipped_table(folder: Path) -> str:
     for each in found["coverage"]:
         if round(100 * each["coverage"]) in (80, 90):
             name = f"accuracy on the surest {100 * each['coverage']:.0f} %"
-            rows.append((name, f"{each['coverage'] * 10_000:,.0f}", f"{100 * each['accuracy']:.2f} %"))
+            answered = round(10_000 * each["coverage"])
+            interval = results.wilson_interval(round(answered * each["accuracy"]), answered)
+            rows.append((name, f"{answered:,}", _score(each["accuracy"], *interval)))
     before, after = (f"{100 * found[name]:.1f} points" for name in ("ece_before", "ece_after"))
     rows.append(("calibration error", "10,000", before))
     rows.append((f"calibration error with temperature {found['temperature']:.2f}", "10,000", after))
+    run = results.load_run(folder / "cpu")
+    for name, temperature in (("without", 1.0), ("with", found["temperature"])):
+        probabilities = torch.tensor(run.logits / temperature).softmax(1).numpy()
+        sure, right = probabilities.max(1), probabilities.argmax(1) == run.labels
+        right = right[(sure >= 0.75) & (sure < 0.85)]
+        score = _score(right.mean(), *results.wilson_interval(int(right.sum()), len(right)))
+        rows.append((f"accuracy where it says 75 to 85 %, {name} the temperature", f"{len(right):,}", score))
     rows.append(("called unlike anything in CIFAR-10", "10,000", f"{100 * found['false_alarms']:.1f} %"))
     return table(("of the shipped model", "images", "measured"), rows)
 
@@ -138,10 +147,11 @@ def ablations_table(folder: Path) -> str:
     runs, rows, asked = pd.read_csv(folder / "ablations.csv"), [], ""
     for each in results.summarize(runs).itertuples():
         answer = "differs" if each.distinguishable else "not distinguishable"
+        accuracies = f"{100 * each.train:.1f} %", f"{100 * each.mean:.1f} %", f"{100 * each.std:.1f}"
         change = ("", "compared with") if not each.changes else (f"{100 * each.difference:+.1f}", answer)
         question, asked = each.question if each.question != asked else "", each.question
-        rows.append((question, each.variant, f"{100 * each.mean:.1f} %", f"{100 * each.std:.1f}", *change))
-    columns = ("question", "variant", "validation accuracy", "std over seeds", "difference (points)", "answer")
+        rows.append((question, each.variant, *accuracies, *change))
+    columns = ("question", "variant", "training", "validation", "std over seeds", "difference (points)", "answer")
     return table(columns, rows) + f"\n\n{len(runs)} runs, {runs.seed.nunique()} seeds of each variant."
 
 
@@ -160,10 +170,20 @@ def redrawn_table(folder: Path) -> str:
                 _score(each["test_accuracy"], each["low"], each["high"]),
                 f"{100 * difference:+.1f}" if name and difference else "",
                 f"{100 * each['train_accuracy']:.1f} %",
+                f"{each['last_lr']:g}" if name else "",
                 f"{each['minutes']:.0f}" if name else "",
             )
         )
-    columns = ("run", "what it is", "test, first epoch", "test, last epoch [95 %]", "points", "train", "minutes")
+    columns = (
+        "run",
+        "what it is",
+        "test, first epoch",
+        "test, last epoch [95 %]",
+        "points",
+        "train",
+        "last lr",
+        "minutes",
+    )
     machines = "; ".join(sorted({metrics["hardware"] for _, metrics in redrawn.values()}))
     minutes = sum(each["minutes"] for each in found[:-1])
     return table(columns, rows) + f"\n\n{found[0]['epochs']} epochs, {minutes:.0f} minutes for all runs, on {machines}."
@@ -193,17 +213,27 @@ def speed_table(folder: Path) -> str:
     steps, fits = found["steps"], found["growth"]["fits"]
     ours, plain = (steps["batch_32"][name]["images_per_second"] for name in ("course", "plain"))
     area, memory = fits["seconds_per_1000_by_area"], fits["memory_mb_by_batch"]
+    # What two networks multiply and add (in training six operations for each multiply-add), and the time they take.
+    small = models.summarize(models.replace_head(models.create_backbone("efficientnet_lite0")), 64).gmac.sum()
+    work = steps["gflop_per_image"] / (6 * small)
+    time = 1 / (steps["batch_64_images_per_second"] * fits["epoch_seconds_by_images"]["slope"])
     processes, run, start = found["processes"], found["speedrun"], found["start"]
     rows = [
         ("speedrun", "EfficientNet-Lite0: test accuracy", _score(run["test_accuracy"], *run["test_accuracy_ci95"])),
         ("speedrun", "its training", f"{run['train_seconds'] / 60:.1f} min"),
-        ("steps", "`reference_b32`, ResNet-50 with random weights: the course's loop", f"{ours:.0f} images/s"),
-        ("steps", "the published loop", f"{plain:.0f} images/s"),
-        ("steps", "60 epochs of it in the course's loop", f"{60 * 50_000 / ours / 3600:.0f} h"),
+        ("steps", "`reference_b32`, ResNet-50 with random weights: the course's loop, bf16", f"{ours:.0f} images/s"),
+        ("steps", "the published loop, fp32", f"{plain:.0f} images/s"),
+        ("steps", "60 epochs of it in the course's loop, bf16", f"{60 * 50_000 / ours / 3600:.0f} h"),
         ("steps", "share of the bf16 matrix-product peak, batch 64", f"{100 * steps['share_of_bf16_peak']:.0f} %"),
         ("growth", "training time of an image, whatever its size", f"{area['intercept']:.1f} ms"),
         ("growth", "and for each 64 x 64 pixels of it", f"{area['slope']:.1f} ms"),
         ("growth", "memory for each image of a batch, 64 px", f"{memory['slope']:.1f} MB"),
+        (
+            "both",
+            "ResNet-50 of `steps` against the network of `growth` at 64 px, batch 64: multiply-adds",
+            f"{work:.1f} times",
+        ),
+        ("both", "and time", f"{time:.1f} times"),
         ("processes", "two against one, moving BatchNorm, three seeds", _points(processes["moving_difference"])),
         ("processes", "standard deviation over seeds of one", f"{100 * processes['moving_std']:.1f} points"),
         ("processes", "two against one, frozen BatchNorm, one seed", _points(processes["frozen_difference"])),

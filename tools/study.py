@@ -7,10 +7,13 @@ of a CSV file as soon as it is done, so that a study can be stopped, resumed, an
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import itertools
 import json
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -18,12 +21,12 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from cifar_ft import log, results, training
 from cifar_ft.data import CLASSES, Cifar10, Split, load_cifar10
-from cifar_ft.files import runs_root, unknown, write_atomic
+from cifar_ft.files import full_path, runs_root, unknown, write_atomic
 from cifar_ft.models import predict_logits
 from cifar_ft.predictions import PredictionError, Predictor
 from cifar_ft.recipes import Recipe, get_recipe, parse_overrides
@@ -43,7 +46,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one setting of the recipe; repeatable.")
 ]
-Table = Annotated[Path, typer.Option("--out", help="The CSV file that gets the rows.")]
+Table = Annotated[Path, typer.Option("--out", parser=full_path, help="The CSV file that gets the rows.")]
 
 
 @app.command("try")
@@ -55,6 +58,8 @@ def try_(
 ) -> None:
     """Train a recipe, score it on validation alone, and add a row to the search log."""
     checked = get_recipe(recipe, list(overrides))  # a mistake is told before the data is loaded
+    if not checked.validation:
+        raise typer.BadParameter(f"{recipe} trains without validation, which scores a try; add --set validation=true")
     changes = " ".join(overrides).replace(checked.weights, Path(checked.weights).name)  # no folder of this machine
     row = {"recipe": recipe, "changes": changes, "seed": checked.seed, **try_recipe(checked, load_cifar10())}
     append_row(out, row | {"note": note, "hardware": training.describe_machine()})
@@ -78,13 +83,13 @@ def redrawn(
     epochs: Annotated[int, typer.Option(help="The same for all of them.")] = 3,
     names: Annotated[list[str], typer.Option("--name", help="Some of them; default: all. Repeatable.")] = (),
     overrides: Overrides = (),
-    out: Annotated[Path, typer.Option(help="Folder of the results.")] = ROOT / "results" / "redrawn",
+    out: Annotated[Path, typer.Option(parser=full_path, help="Folder of the results.")] = ROOT / "results" / "redrawn",
 ) -> None:
     """Train the published recipe and its variants on ResNet-50 cut after stage 3 (--set last_stage=none: whole)."""
     for name in names:
         if name not in REDRAWN:
             raise typer.BadParameter(unknown("name", name, REDRAWN))
-    if weights != "imagenet" and not Path(weights).is_file():
+    if weights != "imagenet" and not full_path(weights).is_file():
         raise typer.BadParameter(f"there is no file {weights!r}; give a file of weights, or imagenet")
     get_recipe("reference_b32", list(overrides))
     data = load_cifar10()
@@ -94,10 +99,9 @@ def redrawn(
 
 @app.command()
 def robustness(
-    out: Annotated[Path, typer.Option(help="JSON file.")] = ROOT / "results" / "shipped.json",
+    out: Annotated[Path, typer.Option(parser=full_path, help="JSON file.")] = ROOT / "results" / "shipped.json",
 ) -> None:
     """Score the shipped model on the test set, clean and corrupted, and compare with its recorded accuracy."""
-    training.keep_memory()
     measure_shipped(out, load_cifar10().test)
 
 
@@ -116,7 +120,7 @@ def try_recipe(recipe: Recipe, data: Cifar10) -> dict:
         minutes.
     """
     with tempfile.TemporaryDirectory() as folder:
-        run = training.fit(recipe, without_test(data), Path(folder) / "run")
+        run = training.fit(recipe.replace(test_images=None), without_test(data), Path(folder) / "run")
     best = run.history.val_accuracy.idxmax()
     final = run.history.loc[best] if recipe.select == "best" else run.history.iloc[-1]
     return {
@@ -160,10 +164,14 @@ def append_row(path: Path, row: Mapping[str, object]) -> None:
 def run_ablations(data: Cifar10, path: Path, seeds: Iterable[int], base: str = BASE) -> None:
     """Train every variant with every seed that the table at `path` does not have yet.
 
-    A seed draws the training images' order and augmentation and the new head; the images are the same.
+    A seed draws the training images' order and augmentation and the new head; the images are the same. What another
+    process is at is left to it.
     """
-    for seed in seeds:
-        for changes in results.variants():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for seed, changes in itertools.product(seeds, results.variants()):
+        job = f"seed={seed} {changes}"
+        claim = FileLock(path.with_name(f".{path.name}.{hashlib.sha256(job.encode()).hexdigest()[:16]}.lock"))
+        with suppress(Timeout), claim.acquire(timeout=0):
             if any((row["changes"], row["seed"]) == (changes, str(seed)) for row in read_rows(path)):
                 continue
             log.info(f"seed {seed}: {changes or 'base'}")
@@ -183,7 +191,7 @@ def redraw(name: str, data: Cifar10, out: Path, *, weights: str | Path, epochs: 
     weights : "imagenet", or path
         ImageNet weights of ResNet-50: those of torchvision, or a file of them, whole or up to layer3.
     epochs : int
-        The same for all that are to be compared; `reference_b32_cosine` decays to zero within them.
+        The same for all that are to be compared; `reference_b32_cosine` is a cosine over so many.
     settings : str
         Further changes, such as "last_stage=none" for the whole network.
     """
@@ -257,4 +265,5 @@ def measure_shipped(out: Path, test: Split, corrupted_images: int = 2000) -> dic
 
 
 if __name__ == "__main__":
+    training.keep_memory()
     app()

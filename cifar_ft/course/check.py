@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,10 @@ DISK_MB = 1000  # data, weights and one run
 
 
 def checks() -> Iterator[tuple[bool, str, str]]:
-    """Yield (passed, what was found, what to do if not) for versions, hardware, disk, data and weights."""
+    """Yield (passed, what was found, what to do if not) for versions, hardware, disk, data and weights.
+
+    Nothing is fetched: what is not here yet is told with its size, and is no fault.
+    """
     python = sys.version.split()[0]
     yield sys.version_info >= (3, 10), f"Python {python}, cifar_ft {__version__}", "install Python 3.10 or newer"
     for name in PACKAGES:
@@ -45,15 +49,22 @@ def _attempt(what: str, check: Callable[[], str]) -> tuple[bool, str, str]:
 
 
 def _data() -> str:
-    from cifar_ft.data import fetch_cifar10
+    from cifar_ft.data import CIFAR10_MB, fetch_cifar10
 
-    raw = fetch_cifar10()
-    return f"CIFAR-10 is verified, in {show_path(raw.path)} (from {raw.source})"
+    if raw := fetch_cifar10(fetch=False):
+        return f"CIFAR-10 is verified, in {show_path(raw.path)} (from {raw.source})"
+    return f"CIFAR-10 is not here yet: {CIFAR10_MB} MB, which `python -m cifar_ft data` or the first use fetches"
 
 
 def _weights() -> str:
-    from cifar_ft.models import fetch_weights, resolve_backbone
+    from cifar_ft.models import WEIGHTS_MB, fetch_weights, resolve_backbone
 
-    backbone = resolve_backbone("auto")
-    weights = fetch_weights(backbone)
-    return f"ImageNet weights of {backbone}: {weights.name}, from {weights.source}"
+    auto = os.environ.get("CIFAR_FT_BACKBONE", "") in ("", "auto")
+    backbone = "resnet50" if auto else resolve_backbone("auto")
+    if weights := fetch_weights(backbone, fetch=False):
+        return f"ImageNet weights of {backbone}: {weights.name}, from {weights.source}"
+    return (
+        f"ImageNet weights of {backbone} are not here yet: {WEIGHTS_MB[backbone]} MB, which "
+        f"`python -m cifar_ft data --backbone {backbone}` or the first training fetches"
+        + ("; where they cannot be had, efficientnet_lite0 is taken" if auto else "")
+    )

@@ -6,9 +6,11 @@ What papermill lets pass in silence (unknown names, strings for numbers) is refu
 from __future__ import annotations
 
 import ast
+import html
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from cifar_ft import CifarFtError, log
-from cifar_ft.files import checkout, one_line, show_path, unknown, write_atomic
-from cifar_ft.recipes import get_recipe
+from cifar_ft.files import checkout, folder_variables, full_path, one_line, show_path, unknown, write_atomic
+from cifar_ft.recipes import get_recipe, parse_overrides
 
 NOTEBOOKS = ("01_data_exploration", "02_transforms", "03_model_surgery", "04_training", "05_results", "06_predictions")
 TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 BOOLEANS = {"true": True, "True": True, "false": False, "False": False}
-PATHS = ("DATA_ROOT", "RUN_DIR")  # a notebook runs in its own folder, so relative ones are resolved first
+PATHS = ("DATA_ROOT", "RUN_DIR")  # a notebook runs in its own folder, so they are made full first
 CELL_SECONDS = 3600
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -69,7 +71,7 @@ class CourseResult:
 
 def find_notebooks(folder: str | Path | None = None) -> list[Path]:
     """The notebooks in `folder` (default: the checkout's ``notebooks/``, else ``./notebooks``)."""
-    folder = Path(folder) if folder else (checkout() or Path.cwd()) / "notebooks"
+    folder = full_path(folder) if folder else (checkout() or Path.cwd()) / "notebooks"
     paths = sorted(folder.glob("*.ipynb"))
     if not paths:
         raise CourseError(f"no notebooks in {show_path(folder)}: run from a clone of the course's repository")
@@ -166,16 +168,20 @@ def run_course(
         A cell failed or the kernel died; what ran until then is in `out`, with its HTML page.
     """
     paths = find_notebooks(notebooks) if notebooks is None or isinstance(notebooks, (str, Path)) else notebooks
-    declared = {path: read_parameters(path) for path in (Path(path).resolve() for path in paths)}
+    declared = {path: read_parameters(path) for path in map(full_path, paths)}
     given = check_parameters(parameters or (), declared)
     defaults = {name: default for found in declared.values() for name, (default, _) in found.items()}
     chosen = {**defaults, **given}
+    full = {name: str(full_path(value, name)) for name, value in given.items() if name in PATHS and value}
     if "RECIPE" in chosen:
-        get_recipe(chosen["RECIPE"], chosen.get("OVERRIDES", ""))
+        changes = parse_overrides(chosen.get("OVERRIDES", ""))
+        if get_recipe(chosen["RECIPE"], changes).weights not in ("imagenet", "none"):
+            changes["weights"] = full_path(changes["weights"], "weights").as_posix()
+            full["OVERRIDES"] = shlex.join(f"{key}={value}" for key, value in changes.items())
     changed = sorted(name for name, value in given.items() if name not in PATHS and value != defaults[name])
 
     out = _empty_folder(out, chosen.get("RECIPE", "course"))
-    given = {k: str(Path(v).expanduser().resolve()) if k in PATHS and v else v for k, v in given.items()}
+    given = {**given, **full}
     if "RECIPE" in chosen:  # a run will be made
         given["RUN_DIR"] = given.get("RUN_DIR") or str(out / "run")
     if before:
@@ -199,8 +205,7 @@ def run_course(
 
 
 def _empty_folder(out: str | Path | None, recipe: str) -> Path:
-    out = Path(out) if out else Path("course-output") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    out = out.expanduser().resolve()
+    out = full_path(out or Path("course-output") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ParameterError(f"{show_path(out)} is not an empty folder; choose another one or remove it")
     out.mkdir(parents=True, exist_ok=True)
@@ -237,9 +242,10 @@ def _kernel_manager_class() -> type:
 
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=CRITICAL"]
     path = os.pathsep.join(filter(None, [str(checkout() or ""), os.environ.get("PYTHONPATH", "")]))
+    env = {**folder_variables(), "PYTHONPATH": path}
 
     class ThisInterpreter(AsyncKernelManager):
-        kernel_spec = KernelSpec(argv=argv, env={"PYTHONPATH": path}, language="python", display_name="Python 3")
+        kernel_spec = KernelSpec(argv=argv, env=env, language="python", display_name="Python 3")
 
     return ThisInterpreter
 
@@ -263,12 +269,14 @@ def drop_widgets(notebook: Any) -> None:
 
 
 def _write_page(path: Path) -> None:
-    """Write an executed notebook as an HTML page beside it."""
+    """Write an executed notebook as an HTML page beside it, for others: without the folders above its own."""
     if path.exists():
         import nbformat
         from nbconvert import HTMLExporter
 
         notebook = nbformat.read(path, 4)
         drop_widgets(notebook)
-        html, _ = HTMLExporter(template_name="lab").from_notebook_node(notebook, {"metadata": {"name": path.stem}})
-        write_atomic(path.with_suffix(".html"), html.encode())
+        page, _ = HTMLExporter(template_name="lab").from_notebook_node(notebook, {"metadata": {"name": path.stem}})
+        for folder, shown in ((str(path.parent), path.parent.name), (show_path(path.parent), path.parent.name)):
+            page = page.replace(folder, shown).replace(html.escape(folder), html.escape(shown))
+        write_atomic(path.with_suffix(".html"), page.encode())

@@ -11,4 +11,4 @@ from cifar_ft.data.cifar10 import (
 )
 from cifar_ft.data.downloads import SourceError, download, hub_url, npm_pack
 from cifar_ft.data.loader import Batch, TrainLoader
-from cifar_ft.data.sources import fetch_cifar10, read_members
+from cifar_ft.data.sources import CIFAR10_MB, fetch_cifar10, read_members

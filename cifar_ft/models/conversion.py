@@ -53,6 +53,16 @@ def for_imagenet_normalization(
     return {**state, convolution: kernel * ours[1] / theirs[1], batchnorm: state[batchnorm] - shift}
 
 
+def wants_pixels_from_minus_1(state: dict[str, Tensor]) -> bool:
+    """Whether EfficientNet-Lite0 was trained on pixels from -1 to 1, as TensorFlow's was, not on normalised ones, as
+    timm's `efficientnet_lite0.ra_in1k` or one that was adapted already.
+
+    The first BatchNorm tells: its mean is what the convolution gave on average, for the mean colour then, else for 0.
+    """
+    adapted = for_imagenet_normalization(state)
+    return bool(adapted["bn1.running_mean"].norm() < state["bn1.running_mean"].norm())
+
+
 def resnet50_from_keras(weights: Sequence[dict], data: bytes) -> dict[str, Tensor]:
     """ResNet-50 as Keras has it (the Caffe release of He et al.), under torchvision's names and for our inputs.
 

@@ -51,7 +51,8 @@ def replace_stem(model: nn.Module, stem: str = "cifar_random", max_pool: bool = 
 
     `stem="pretrained"` leaves it as it is. `cifar_random` is a new 3x3 convolution with stride 1 and padding 1, as in
     the published recipe. `cifar_resampled` has the same shape, but its kernel is the pretrained one resampled to 3x3
-    with the sum of its weights unchanged; follow it with `refresh_batchnorm`, since its outputs have other statistics.
+    with the sum of its weights unchanged (one that is 3x3 already, as EfficientNet-Lite0's, stays as it is: only the
+    stride changes); follow it with `refresh_batchnorm`, since its outputs have other statistics.
     """
     if stem not in STEMS:
         raise SurgeryError(unknown("stem", stem, STEMS))
@@ -108,29 +109,35 @@ def features(model: nn.Module, images: Tensor) -> Tensor:
     return seen[0]
 
 
-def build_model(recipe: Recipe) -> nn.Module:
+def build_model(recipe: Recipe, restored: dict | None = None) -> nn.Module:
     """The model that a recipe asks for: backbone, ImageNet weights, cut, stem, new head, frozen parts.
 
     It maps float images [B, 3, S, S] to logits [B, 10]. Its attribute `weights_info` says which backbone and weights
     were used, with which strides (see `create_backbone`), from where, with which digest and licence, and which tensors
     a partial file left random.
 
+    Parameters
+    ----------
+    restored : the `weights_info` of a model whose tensors will take the place of this one's, which are then random:
+        nothing is fetched, and no file is read.
+
     Raises
     ------
     SourceError : the weights cannot be had; random ones are only ever used on purpose, with `weights="none"`.
     SurgeryError : they do not fit the backbone.
     """
-    backbone, weights = _backbone_and_weights(recipe)
+    backbone, weights = (restored["backbone"], None) if restored else _backbone_and_weights(recipe)
     recipe.replace(backbone=backbone)  # what "auto" became must allow the recipe's other settings
+    strides = weights.strides if weights else (restored or {}).get("strides") or "v1.5"
     loaded, missing = [], []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model = cut(create_backbone(backbone, weights.strides if weights else "v1.5"), recipe.last_stage)
+        model = cut(create_backbone(backbone, strides), recipe.last_stage)
         if weights:
             loaded, missing = load_state(model, weights.state_dict, backbone)
         replace_head(replace_stem(model, recipe.stem, recipe.max_pool), init=recipe.head_init)
     freeze(model, recipe.freeze, recipe.freeze_batchnorm)
-    model.weights_info = {
+    model.weights_info = restored or {
         "backbone": backbone,
         "strides": strides_of(model),
         "weights": weights.name if weights else "none",
@@ -140,9 +147,9 @@ def build_model(recipe: Recipe) -> nn.Module:
         "loaded": len(loaded),
         "missing": missing,
     }
-    strides = f" (strides {model.weights_info['strides']})" if model.weights_info["strides"] else ""
+    strides = f" (strides {model.weights_info['strides']})" if model.weights_info.get("strides") else ""
     log.info(f"Model: {backbone}{strides}, weights {model.weights_info['weights']} ({model.weights_info['source']})")
-    if recipe.freeze != "none" and not weights:
+    if recipe.freeze != "none" and not (weights or restored):
         log.info(f"Note: the weights are random, and freeze={recipe.freeze} leaves a part of them so")
     if missing:
         layers = sorted({key.split(".")[0] for key in missing})

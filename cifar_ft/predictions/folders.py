@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from cifar_ft.files import replacing
+from cifar_ft.files import full_path, printable, replacing
 from cifar_ft.predictions.images import ImageError, find_pictures, squared
 from cifar_ft.predictions.predictor import Predictor, chunks
 
@@ -45,7 +45,10 @@ def predict_paths(paths, predictor: Predictor, *, fit: str = "crop") -> Iterator
                 if problem:
                     raise problem
                 pictures.append((rows[-1], squared(path, fit)))
-            except ImageError as error:
+            except ImageError as error:  # its row is handed on, and tells no folder that was not given
+                shown = printable(name) or "''"
+                error.about = error.about and shown
+                error.values |= {"path": shown} if "path" in error.values else {}
                 rows[-1]["error"] = str(error)
         answers = predictor.predict(torch.stack([picture.image for _, picture in pictures])) if pictures else []
         for (row, picture), answer in zip(pictures, answers, strict=True):
@@ -88,7 +91,7 @@ def write_csv(rows: Iterable[dict], file, *, details: bool = False) -> tuple[int
         Rows in all, and rows with an error.
     """
     if not hasattr(file, "write"):
-        path = Path(os.path.expanduser(file))
+        path = full_path(file)
         with (
             nullcontext(path) if is_device(path) else replacing(path, PARTIAL) as target,
             open(target, "w", encoding="utf-8", errors="backslashreplace", newline="") as stream,

@@ -8,20 +8,28 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from cifar_ft import CifarFtError
 from cifar_ft.files import ASSETS, one_line, show_path
+from cifar_ft.predictions.containers import Parts, for_decoder, parts
 
+MAX_SAMPLE_VALUES = (ExifTags.Base.MaxSampleValue, ExifTags.Base.SMaxSampleValue)
+# They may also hold the brightest value that occurs, which says nothing: only a whole number of bits counts.
+WHOLE_BITS = [2**bits - 1 for bits in range(8, 33)]
+SRGB = {b"gAMA": [45455], b"cHRM": [31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000]}  # as PNG files say it
+# Profiles that Pillow does not hand out: in JPEG 2000, AVIF (there other primaries, by number), GIF and BMP files.
+OTHER_PROFILES = re.compile(rb"colr[\2\3]|colrnclx\0[^\1\2]|ICCRGBG1012|^BM.{12}\x7c\0\0\0.{52}(DEBM|KNIL)", re.DOTALL)
 SIZE = 32  # pixels: the width of the pictures that the models were trained on
 MAX_PIXELS = 50_000_000
 MAX_PIXELS_JPEG2000 = 12_000_000  # its decoder takes 12 bytes a pixel
@@ -99,9 +107,11 @@ def read_picture(source) -> Picture:
     ----------
     source : path, bytes, file object, PIL image, array or Tensor
         Files are PNG, JPEG, GIF, WebP, BMP, TIFF and the like: turned upright as their EXIF data say, the
-        first frame of an animated file (of a PIL image, the frame that it is at), transparent parts on white, 16
-        bits scaled to 8. Arrays are [H, W] or [H, W, C], tensors [H, W] or [C, H, W] with C = 1, 3 or 4 (the other
-        order is accepted where only that fits); uint8, uint16 (0 to 65,535) or floats, which must be from 0 to 1.
+        first frame of an animated file (of a PIL image, the frame that it is at), colours converted to sRGB as an
+        embedded profile says, transparent parts on white (a picture that is transparent all over is shown without
+        its transparency), 16 bits scaled to 8, from the range that the file tells. Arrays are [H, W] or [H, W, C],
+        tensors [H, W] or [C, H, W] with C = 1, 3 or 4 (the other order is accepted where only that fits); uint8,
+        uint16 (0 to 65,535) or floats, which must be from 0 to 1.
 
     Returns
     -------
@@ -117,8 +127,8 @@ def read_picture(source) -> Picture:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Pillow warns of is checked here, or does not matter
-            with _opened(source) as image:
-                return _decoded(image)
+            with _opened(source) as (image, found):
+                return _decoded(image, found)
     except ImageError as error:
         error.about = about
         raise
@@ -126,6 +136,8 @@ def read_picture(source) -> Picture:
         raise ImageError("not_a_picture", about) from None
     except Image.DecompressionBombError:
         raise ImageError("far_too_large", about, allowed=MAX_PIXELS) from None
+    except MemoryError:
+        raise ImageError("no_memory", about) from None
     except Exception as error:  # a damaged file can cause any
         raise ImageError("damaged", about, reason=str(error) or type(error).__name__) from error
 
@@ -158,31 +170,56 @@ def _located_file(path: str) -> tuple[str, str]:
     return shown, path
 
 
-def _opened(source):
-    """A PIL image, not decoded yet, as a context; one that was given stays open after it."""
+@contextmanager
+def _opened(source) -> Iterator[tuple[Image.Image, Parts]]:
+    """A PIL image, not decoded yet, and what its file is made of; what was given stays open."""
     if isinstance(source, Image.Image):
-        return nullcontext(source)
+        file = getattr(source, "fp", None) if source.format in ("PNG", "JPEG", "MPO") else None
+        start = getattr(source, "offset", 0)  # of a picture in an MPO file
+        yield source, parts(file, MAX_SCANS, start) if file and not getattr(file, "closed", False) else Parts()
+        return
     if hasattr(source, "__array__"):
-        return nullcontext(_array_image(source))
+        yield _array_image(source), Parts()
+        return
     Image.init()
-    return Image.open(source, formats=[kind for kind in FORMATS if kind in Image.OPEN])
+    kinds = [kind for kind in FORMATS if kind in Image.OPEN]
+    with open(source, "rb") if isinstance(source, str) else nullcontext(_movable(source)) as file:
+        found = parts(file, MAX_SCANS)
+        seen = for_decoder(file, found) if found.kept else source if isinstance(source, str) else file
+        with Image.open(seen, formats=kinds) as image:
+            if b"iCCP" in found.told:
+                image.info["icc_profile"] = found.told[b"iCCP"]
+            yield image, found
 
 
-def _decoded(image: Image.Image) -> Picture:
+def _movable(file):
+    """The file, or what a stream holds that cannot be moved about in."""
+    try:
+        file.seek(0)
+    except (AttributeError, io.UnsupportedOperation):
+        return io.BytesIO(file.read())
+    return file
+
+
+def _decoded(image: Image.Image, found: Parts) -> Picture:
     """Every step from an open file to its pixels; each adds to the notes what it did."""
-    _check_cost(image)
-    notes = _frame_notes(image)
-    turned = _is_turned(image)  # asked before decoding: Pillow itself turns a TIFF file then
-    image.load()
-    image = _upright(image, turned, notes)
+    _check_cost(image, found)
+    notes, said = _frame_notes(image), _said(image, found)
+    try:
+        image.load()
+    except ValueError:  # of a text after the pixels, for example; no tile is left once all are decoded
+        if image.format != "PNG" or image.tile:
+            raise
+    image = _upright(image, said.turned, notes)
     size = image.size
     image = _reduced(image, notes)
-    image = _eight_bits(image, notes)
-    image = _on_white(image, notes)
-    return Picture(_colours(image, notes), tuple(notes), size)
+    mask = _mask(image, said.clear)
+    image, alpha = _separated(_eight_bits(image, said, notes))
+    image = _srgb(image, said.profile, notes)
+    return Picture(_on_white(image, mask or alpha, notes), tuple(notes), size)
 
 
-def _check_cost(image: Image.Image) -> None:
+def _check_cost(image: Image.Image, found: Parts) -> None:
     """Raise ImageError for a file that would take too much memory or time, before it is decoded."""
     width, height = image.size
     sides = {"width": width, "height": height}
@@ -193,16 +230,14 @@ def _check_cost(image: Image.Image) -> None:
     if image.format == "JPEG2000" and width * height > MAX_PIXELS_JPEG2000:
         raise ImageError("too_large_jpeg2000", **sides, allowed=MAX_PIXELS_JPEG2000)
     if image.format == "TIFF":
+        rows = image.tag_v2.get(ExifTags.Base.RowsPerStrip, 1)
+        if 2**31 <= rows < 2**32 - 1:  # the largest number stands for all rows; others are more than Pillow takes
+            raise ImageError("tile_too_large", width=width, height=rows, allowed=MAX_PIXELS)
         width, height = (image.tag_v2.get(tag, 1) for tag in (ExifTags.Base.TileWidth, ExifTags.Base.TileLength))
         if width * height > MAX_PIXELS:
             raise ImageError("tile_too_large", width=width, height=height, allowed=MAX_PIXELS)
-    if image.format in ("JPEG", "MPO") and getattr(image, "fp", None) is not None:
-        place = image.fp.tell()
-        image.fp.seek(0)
-        scans = image.fp.read().count(b"\xff\xda")  # the mark that a scan begins; image data cannot hold it
-        image.fp.seek(place)
-        if scans > MAX_SCANS:
-            raise ImageError("too_many_scans", scans=scans, allowed=MAX_SCANS)
+    if found.scans > MAX_SCANS:
+        raise ImageError("too_many_scans", scans=found.scans, allowed=MAX_SCANS)
 
 
 def _frame_notes(image: Image.Image) -> list[Note]:
@@ -220,7 +255,7 @@ def _is_turned(image: Image.Image) -> bool:
 
 
 def _upright(image: Image.Image, turned: bool, notes: list[Note]) -> Image.Image:
-    if not turned and not _is_turned(image):  # some files tell only once they are decoded
+    if not turned and not _is_turned(image):
         return image
     notes.append(Note("turned_upright"))
     return ImageOps.exif_transpose(image)
@@ -235,35 +270,172 @@ def _reduced(image: Image.Image, notes: list[Note]) -> Image.Image:
     return image.resize((max(1, width // 2), max(1, height // 2)), Image.Resampling.NEAREST)
 
 
-def _eight_bits(image: Image.Image, notes: list[Note]) -> Image.Image:
-    """One channel of 16 bits and more as 8."""
+class Said(NamedTuple):
+    """What an open file says of its pixels; Pillow forgets most of it in decoding."""
+
+    turned: bool  # stored turned or mirrored; of TIFF files only, since others still say so once decoded
+    brightest: tuple[int, ...]  # what may stand for full brightness; the first holds that no value exceeds
+    white_is_0: bool
+    clear: int | tuple[int, ...] | None  # the one grey or colour that is transparent, as it is after decoding
+    profile: bytes | None  # b"" where the colours are not those of the web, and no profile says which
+
+
+def _said(image: Image.Image, found: Parts) -> Said:
+    tiles = getattr(image, "tile", None)
+    raw = tiles[0][3] if tiles else ""  # how the values stand in the file, as Pillow calls it
+    raw = raw if isinstance(raw, str) else str(raw[0]) if raw else ""
+    clear = image.info.get("transparency") if image.mode in ("1", "L", "RGB") or image.mode[0] == "I" else None
+    if raw in ("L;2", "L;4") and clear is not None:
+        clear *= {"L;2": 85, "L;4": 17}[raw]
+    elif raw == "RGB;16B" and clear is not None:
+        clear = tuple(level >> 8 for level in clear)
+    brightest, white_is_0 = (65_535,), False
+    if image.mode[0] in "IF" or ";16" in raw:
+        brightest, white_is_0 = _value_range(image, found)
+    profile = image.info.get("icc_profile") or None
+    if profile is None and ("icc_profile" in image.info or _has_odd_colours(image, found)):
+        profile = b""
+    # Asked for its EXIF data a PNG file is decoded, and `_is_turned` would swallow what goes wrong.
+    turned = image.format == "TIFF" and _is_turned(image)
+    return Said(turned, brightest, white_is_0, clear, profile)
+
+
+def _value_range(image: Image.Image, found: Parts) -> tuple[tuple[int, ...], bool]:
+    """`brightest` and `white_is_0` for values of 16 bits and more.
+
+    Where nothing is said, whole numbers have 16 bits, or 8 if they are stored in 32 and no value needs more, and
+    floats run from 0 to 1.
+    """
+    full = 1 if image.mode == "F" else 65_535
+    if image.format is None and image.mode == "I":
+        return (255, full), False
+    if image.format == "PNG":
+        bits = found.told.get(b"sBIT", b"")[:1]
+        return (*((1 << bit) - 1 for bit in bits if 8 <= bit < 16), full), False
+    if image.format != "TIFF":
+        return (full,), False
+    tags = image.tag_v2
+    bits, kind = (tags.get(tag, (1,))[0] for tag in (ExifTags.Base.BitsPerSample, ExifTags.Base.SampleFormat))
+    if image.mode != "F" and bits <= 16:
+        full = (1 << bits - (kind == 2)) - 1  # 2: one bit is the sign
+    told = [value for tag in MAX_SAMPLE_VALUES for value in np.ravel(tags.get(tag, ()))]
+    told = sorted(int(value) for value in told if value in WHOLE_BITS and (bits > 16 or value < full))
+    if image.mode != "F" and bits > 16:
+        told = told or [255]
+    return (*told, full), tags.get(ExifTags.Base.PhotometricInterpretation) == 0
+
+
+def _mask(image: Image.Image, clear) -> Image.Image | None:
+    """Opacity (mode L) where one grey or colour is transparent."""
+    if clear is None:
+        return None
+    opaque = np.asarray(image.convert("L") if image.mode == "1" else image) != np.asarray(clear)
+    return Image.fromarray(255 * (opaque.any(-1) if opaque.ndim == 3 else opaque).astype(np.uint8))
+
+
+def _eight_bits(image: Image.Image, said: Said, notes: list[Note]) -> Image.Image:
+    """Values of 16 bits and more as 8; of 16-bit colours Pillow has already dropped the lower 8."""
     if image.mode[0] not in "IF":
-        return image
+        highest = np.max(image.getextrema()) if said.brightest[0] < 65_535 else 255
+        brightest = next(value >> 8 for value in (*said.brightest, 65_535) if highest <= value >> 8)
+        if brightest in (0, 255):
+            return image
+        notes.append(Note("scaled_to_8_bits"))
+        return image.point([min(255, round(255 * value / brightest)) for value in range(256)] * len(image.getbands()))
     values = np.asarray(image)
-    if image.mode == "I" and image.format is None and values.min() >= 0 and values.max() <= 255:
-        values = values.astype(np.uint8)  # made of 8 bits by somebody's program; no file has so few
-    elif image.mode == "I" and not (values >> 16).any():
-        values = values.astype(np.uint16)
-    notes.append(Note("taken_as_8_bits" if values.dtype == np.uint8 else "scaled_to_8_bits"))
-    return _array_image(values)
+    brightest = next((value for value in said.brightest if values.max() <= value), None)
+    if image.mode == "F":
+        values = values / (brightest or 1)
+        eight = _scaled(1 - values if said.white_is_0 else values)
+    elif brightest is None or values.min() < 0:
+        raise ImageError("wrong_dtype", dtype=values.dtype)
+    else:
+        eight = ((values.astype(np.uint64) * 255 + brightest // 2) // brightest).astype(np.uint8)
+        eight = 255 - eight if said.white_is_0 else eight
+    notes.append(Note("taken_as_8_bits" if brightest == 255 else "scaled_to_8_bits"))
+    return Image.fromarray(eight)
 
 
-def _on_white(image: Image.Image, notes: list[Note]) -> Image.Image:
-    if "transparency" not in image.info and image.mode not in ("RGBA", "LA", "PA", "RGBa", "La"):
-        return image
-    layers, white = image.convert("RGBA"), Image.new("RGBA", image.size, "white")
-    white.alpha_composite(layers)
-    if layers.getextrema()[3][0] < 255:
-        notes.append(Note("transparent_on_white"))
-    return white
+def _separated(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """A picture without its transparency, and its opacity (mode L) where it has any of its own."""
+    if image.mode in ("La", "RGBa"):
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    elif image.mode in ("P", "PA"):
+        image = image.convert("RGBA")  # a palette can hold transparent colours
+    if image.mode not in ("LA", "RGBA"):
+        return image, None
+    return image.convert(image.mode[:-1]), image.getchannel("A")
 
 
-def _colours(image: Image.Image, notes: list[Note]) -> Tensor:
-    """Red, green and blue: uint8 [3, H, W]."""
+def _srgb(image: Image.Image, profile: bytes | None, notes: list[Note]) -> Image.Image:
+    """A picture in the colours of the web, mode RGB: as its colour profile tells, if there is a good one."""
+    if profile is not None and image.mode != "LAB":  # which needs none
+        try:
+            return _by_profile(image, profile, notes)
+        except Exception:  # a damaged profile can cause any, and the pixels are good
+            notes.append(Note("profile_ignored"))
     if image.mode == "CMYK":
         notes.append(Note("cmyk_converted"))
-    pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _by_profile(image: Image.Image, profile: bytes, notes: list[Note]) -> Image.Image:
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space.strip()]
+    if mode == "RGB" and image.mode != "CMYK":
+        image = image.convert("RGB")
+    elif image.mode == "1":
+        image = image.convert("L")
+    if image.mode != mode:
+        raise ValueError(f"a profile for {mode}")
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    if mode != "CMYK":
+        # A profile of sRGB, of which there are many, must not move a value: it is tried on some colours.
+        levels = np.mgrid[:256:15, :256:15, :256:15].reshape(3, 1, -1).transpose(1, 2, 0).astype(np.uint8)
+        colours = Image.fromarray(levels.copy()).convert(mode)
+        moved = ImageChops.difference(ImageCms.applyTransform(colours, transform), colours.convert("RGB"))
+        if max(high for _, high in moved.getextrema()) <= 2:
+            return image.convert("RGB")
+    converted = ImageCms.applyTransform(image, transform)
+    notes.append(Note("profile_converted"))
+    return converted
+
+
+def _has_odd_colours(image: Image.Image, found: Parts) -> bool:
+    """Whether a file without a profile says in another way that its colours are not those of the web (sRGB)."""
+    told = found.told
+    if told.get(b"cICP"):
+        return told[b"cICP"][:2] != b"\x01\x0d"
+    for name, usual in {} if b"sRGB" in told else SRGB.items():
+        data = told.get(name, b"")
+        if len(data) == 4 * len(usual) and not np.allclose(np.frombuffer(data, ">u4"), usual, rtol=0.05):
+            return True
+    if image.format in ("AVIF", "BMP", "GIF", "JPEG2000") and getattr(image, "fp", None):
+        place = image.fp.tell()
+        image.fp.seek(0)
+        head = image.fp.read(2**16)
+        image.fp.seek(place)
+        if OTHER_PROFILES.search(head):
+            return True
+    if image.format in ("JPEG", "MPO"):
+        with suppress(Exception):  # of damaged EXIF data; the pixels may be good
+            return image.getexif().get_ifd(ExifTags.IFD.Interop).get(1) == "R03"  # cameras' word for Adobe RGB
+    return False
+
+
+def _on_white(image: Image.Image, alpha: Image.Image | None, notes: list[Note]) -> Tensor:
+    """Red, green and blue, uint8 [3, H, W]; where nothing at all is opaque, opacity was never filled in."""
+    lowest, highest = alpha.getextrema() if alpha else (255, 255)
+    if highest == 0:
+        if not any(high for _, high in image.getextrema()):
+            raise ImageError("invisible")
+        notes.append(Note("transparency_ignored"))
+    elif lowest < 255:
+        notes.append(Note("transparent_on_white"))
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(Image.merge("RGBA", (*image.split(), alpha)))
+        image = white.convert("RGB")
+    return torch.from_numpy(np.asarray(image)).permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
 
 
 def _array_image(source) -> Image.Image:

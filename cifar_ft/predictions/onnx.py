@@ -38,17 +38,17 @@ class ExportError(CifarFtError, RuntimeError):
     """A model that cannot be exported, or an exported one that cannot be run or does not answer as it should."""
 
 
-def export_checked(run: str | os.PathLike | None, out: str | os.PathLike) -> Path:
+def export_checked(run: str | os.PathLike, out: str | os.PathLike) -> Path:
     """Export a run's model with `export_onnx`, then measure and log the time that a picture takes.
 
     Parameters
     ----------
-    run : a run folder; None for the newest run, else the shipped model
+    run : a run folder, or "shipped"
     out : the file to write
     """
     _require_packages()
     check_target(out)  # before the work, not after it
-    predictor = Predictor.newest_or_shipped(run or "")
+    predictor = Predictor.load(run)
     path = export_onnx(predictor, out)
     device, threads = next(predictor.model.parameters()).device, torch.get_num_threads()
     for size, (onnx, pytorch) in latency(path, predictor).items():

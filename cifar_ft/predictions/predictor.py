@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cifar_ft import CifarFtError, log
 from cifar_ft.data import CLASSES, Split
 from cifar_ft.files import ASSETS, one_line, runs_root, show_path
-from cifar_ft.models import create_backbone, cut, predict_logits, replace_head, replace_stem
+from cifar_ft.models import choose_device, create_backbone, cut, predict_logits, replace_head, replace_stem
 from cifar_ft.predictions.images import SIZE, ImageError, Note, Picture, checked_fit, find_pictures, squared
 from cifar_ft.recipes import Recipe
 from cifar_ft.results import accuracy_text, energy, load_run, newest_run
@@ -86,12 +86,12 @@ class Predictor:
     source : str
         Which model this is, in one phrase.
     calibration : dict or None
-        What validation says about its answers (`results.fit_calibration`): the temperature that makes its
-        probabilities honest, and the energy below which a picture is unlike anything trained on.
+        What validation says about its answers (`results.fit_calibration`): the temperature that its
+        logits are divided by, and the energy below which a picture is unlike anything trained on.
 
     Examples
     --------
-    >>> predictor = Predictor.newest_or_shipped()  # doctest: +SKIP
+    >>> predictor = Predictor.shipped()  # doctest: +SKIP
     >>> print(predictor.predict("truck.jpg")[0])  # doctest: +SKIP
     truck (99.1 %)
     """
@@ -99,7 +99,8 @@ class Predictor:
     def __init__(self, model: nn.Module, recipe: Recipe, source: str, calibration: dict[str, float] | None = None):
         self.model, self.recipe, self.source, self.calibration = model.eval(), recipe, source, calibration
         if calibration is not None:
-            values = [calibration.get(name) for name in ("temperature", "lowest_energy", "false_alarms")]
+            known = calibration if isinstance(calibration, dict) else {}
+            values = [known.get(name) for name in ("temperature", "lowest_energy", "false_alarms")]
             good = all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
             if not good or values[0] <= 0:
                 raise PredictionError(f"the calibration of {source} is damaged ({calibration}); {TRAIN}")
@@ -113,28 +114,35 @@ class Predictor:
         return self.calibration["temperature"] if self.calibration else 1.0
 
     @classmethod
-    def from_run(cls, path: str | os.PathLike | None = None) -> Predictor:
-        """The model of a finished run; without a path, of the newest one.
+    def from_run(cls, path: str | os.PathLike | None = None, device: str = "auto") -> Predictor:
+        """The model of a finished run; without a path, of the newest one that is no trial (`results.newest_run`).
+
+        Parameters
+        ----------
+        path : path, optional
+        device : str
+            "cpu", "cuda", "cuda:1", "mps", or "auto" (see `models.choose_device`), as in the other two.
 
         Raises
         ------
         RunError, PredictionError
             When there is no such run, or it is unfinished or damaged.
+        DeviceError
+            When there is no such device.
         """
-        path = path or newest_run()
+        device, path = choose_device(device), path or newest_run()
         if path is None:
             raise PredictionError(f"there is no finished run in {show_path(runs_root())}; {TRAIN}")
-        run = load_run(os.path.expanduser(path))
-        n = len(run.labels)
-        source = f"the run {show_path(run.path)} ({accuracy_text(run.correct, n)} on {n:,} test images)"
+        run = load_run(path)
         with _usable(f"the run {show_path(run.path)}", "restore it or train this run again"):
             state, _ = _read_weights(run.path / "model.safetensors")
             model = _rebuild(run.recipe, run.config["weights"], state)
-        return cls(_placed(model), run.recipe, source, run.metrics.get("calibration"))
+        return cls(_placed(model, device), run.recipe, str(run), run.metrics.get("calibration"))
 
     @classmethod
-    def shipped(cls) -> Predictor:
+    def shipped(cls, device: str = "auto") -> Predictor:
         """The fine-tuned model that comes with the package."""
+        device = choose_device(device)
         if not SHIPPED.is_file():
             raise PredictionError(f"this copy of the package has no shipped model; {TRAIN}")
         with _usable(f"the shipped model {show_path(SHIPPED)}", "install the package again"):
@@ -144,20 +152,20 @@ class Predictor:
             n, accuracy = metrics["test_images"], metrics["test_accuracy"]
             score = f"{accuracy_text(round(accuracy * n), n)} on {n:,} test images"
             model = _rebuild(recipe, metadata, state)
-        return cls(
-            _placed(model), recipe, f"the shipped model (recipe {recipe.name}, {backbone}, {score})", calibration
-        )
+        source = f"the shipped model (recipe {recipe.name}, {backbone}, {score})"
+        return cls(_placed(model, device), recipe, source, calibration)
 
     @classmethod
-    def newest_or_shipped(cls, run_dir: str | os.PathLike = "") -> Predictor:
-        """The model of `run_dir` ("shipped": as shipped), else of the newest finished run, else as shipped.
-
-        The log says which.
-        """
-        run_dir = None if str(run_dir) == "shipped" else run_dir or newest_run()
-        predictor = cls.from_run(run_dir) if run_dir else cls.shipped()
+    def load(cls, run: str | os.PathLike = "shipped", device: str = "auto") -> Predictor:
+        """The shipped model, or that of the run that is named; the log says once which of them answers."""
+        predictor = cls.shipped(device) if str(run) == "shipped" else cls.from_run(run, device)
         log.info(f"Predicting with {predictor.source}")
         return predictor
+
+    @classmethod
+    def newest_or_shipped(cls, run: str | os.PathLike = "", device: str = "auto") -> Predictor:
+        """What notebook 06 reads: the run that is named, else the newest that is no trial, else the shipped model."""
+        return cls.load(run or newest_run() or "shipped", device)
 
     def predict(self, images, top_k: int | None = None, *, fit: str = "crop") -> list[Prediction]:
         """Predict one picture or many.
@@ -237,7 +245,9 @@ def _squares(images, fit: str) -> Iterator[Picture]:
             yield squared(path, fit)
         return
     single = isinstance(images, (bytes, bytearray, memoryview, Image.Image, dict)) or hasattr(images, "read")
-    if single or not isinstance(images, Iterable) or getattr(images, "ndim", 1) not in (1, 4):
+    numbers = isinstance(images, Tensor) or getattr(getattr(images, "dtype", None), "kind", "O") in "biufc"
+    batch = getattr(images, "ndim", 1) in ((4,) if numbers else (1, 4))
+    if single or not isinstance(images, Iterable) or not batch:
         yield squared(images, fit)
         return
     for position, image in enumerate(images):
@@ -286,6 +296,5 @@ def _rebuild(recipe: Recipe, origin: dict, state: dict[str, Tensor]) -> nn.Modul
     return model.requires_grad_(False)
 
 
-def _placed(model: nn.Module) -> nn.Module:
-    """On the GPU where there is one."""
-    return model.to("cuda" if torch.cuda.is_available() else "cpu", memory_format=torch.channels_last)
+def _placed(model: nn.Module, device: torch.device) -> nn.Module:
+    return model.to(device, memory_format=torch.channels_last)

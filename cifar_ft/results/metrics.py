@@ -164,7 +164,10 @@ def energy(logits: Any) -> np.ndarray:
 
 
 def fit_calibration(logits: Any, labels: Any, false_alarms: float = 0.02) -> dict[str, float]:
-    """What makes a model's answers honest, from its logits on validation: temperature, and lowest familiar energy.
+    """What a model's logits on validation say about its answers: temperature, and lowest familiar energy.
+
+    One temperature has the least cross-entropy over all images together; where few images are, probabilities may be
+    further off with it than without (`calibration` shows where).
 
     `lowest_energy` is the energy below which a share `false_alarms` of the validation images lies: images below it
     are called unlike anything trained on.

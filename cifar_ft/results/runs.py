@@ -16,15 +16,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cifar_ft import CifarFtError
-from cifar_ft.files import ASSETS, PACKAGE, checkout, one_line, runs_root, show_path
+from cifar_ft import CifarFtError, log
+from cifar_ft.files import ASSETS, PACKAGE, checkout, command, full_path, one_line, printable, runs_root, show_path
 from cifar_ft.recipes import Recipe
-from cifar_ft.results.metrics import checked_classes, wilson_interval
+from cifar_ft.results.metrics import accuracy_text, checked_classes, wilson_interval
 
 # What was measured once and is read by notebook 05: the checkout's results/, which an installed package has as a folder
 # of its own.
 RECORDED = checkout() / "results" if checkout() else PACKAGE / "recorded"
 SHIPPED_RUN = RECORDED / "cpu"  # the run of the shipped model, without its weights
+ALL_IMAGES = {"train_images": 45_000, "test_images": 10_000}  # 45,000 without those for validation
 COMPARED = ("recipe", "backbone", "epochs", "seeds", "test_accuracy", "low", "high", "std", "minutes")
 
 
@@ -63,30 +64,53 @@ class Run:
     def accuracy(self) -> float:
         return self.correct / len(self.labels)
 
+    def __str__(self) -> str:
+        """Which run this is, in one phrase that names no folder but its own: files carry it to others."""
+        name = "that comes with the course" if self.path == SHIPPED_RUN else printable(self.path.name)
+        n = len(self.labels)
+        return f"the run {name} ({accuracy_text(self.correct, n)} on {n:,} test images)"
+
 
 def find_runs(root: str | os.PathLike | None = None) -> list[Path]:
     """Directories of the finished runs right below `root` (default `runs_root()`), the newest first."""
-    found = Path(root if root is not None else runs_root()).glob("*/metrics.json")
+    found = (full_path(root) if root is not None else runs_root()).glob("*/metrics.json")
     return [file.parent for file in sorted(found, key=lambda file: (file.stat().st_mtime_ns, file), reverse=True)]
 
 
 def newest_run(root: str | os.PathLike | None = None) -> Path | None:
-    """The most recently finished run, or None when there is none yet."""
-    return next(iter(find_runs(root)), None)
+    """The most recently finished run that is no trial, or None when there is none yet; the log names a newer trial."""
+    finished = find_runs(root)
+    chosen = next((path for path in finished if not _is_trial(path)), None)
+    if finished and chosen != finished[0]:
+        name = printable(finished[0].name)
+        log.info(f"The newest run, {name}, is a trial on a part of the images and passed over; name it to use it")
+    return chosen
+
+
+def _is_trial(path: Path) -> bool:
+    """Whether the run has trained or been scored on a part of the images, as `smoke` does."""
+    try:
+        recipe, metrics = _json(path / "config.json")["recipe"], _json(path / "metrics.json")
+        used = {name: metrics.get(name) or recipe.get(name) or all_ for name, all_ in ALL_IMAGES.items()}
+        return any(used[name] < all_ for name, all_ in ALL_IMAGES.items())
+    except (ValueError, TypeError, OSError):  # damaged, as is said when it is loaded
+        return False
 
 
 def load_run(path: str | os.PathLike) -> Run:
     """Read a finished run directory; a RunError says what is missing, unfinished or damaged."""
-    path = Path(path)
-    if not path.is_dir():
-        raise RunError(f"no run directory at {show_path(path)}; results.find_runs() lists finished ones")
+    path = full_path(path)
     if not any((path / name).exists() for name in ("config.json", "metrics.json")):
-        raise RunError(f"{show_path(path)} is no run directory: it has no config.json")
+        problem = f"no run directory at {show_path(path)}"
+        problem += ": it has no config.json" if path.is_dir() else "; results.find_runs() lists finished ones"
+        error = RunError(problem)
+        error.wrong_argument = True
+        raise error
     config = _read(path / "config.json", _json)
     if not (path / "metrics.json").exists():
         raise RunError(
             f"the run in {show_path(path)} has not finished (no metrics.json); resume it with "
-            f"`python -m cifar_ft train --out {show_path(path)} --resume`"
+            f"`{command('train', '--out', path, '--resume')}`"
         )
     history, metrics = _read(path / "history.csv", _history), _read(path / "metrics.json", _json)
     return Run(path, config, history, metrics, *_read(path / "test_logits.npz", _test_logits))

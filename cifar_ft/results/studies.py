@@ -30,7 +30,7 @@ ABLATIONS: dict[str, dict[str, str]] = {
     "Which stem, at equal cost?": {
         "pretrained stem, 64 px": "",
         "random stem of stride 1, 32 px": "stem=cifar_random image_size=32",
-        "resampled stem of stride 1, 32 px": "stem=cifar_resampled image_size=32",
+        "pretrained stem of stride 1, 32 px": "stem=cifar_resampled image_size=32",
     },
     "Batch 32 or 64?": {
         "batch 64": "",
@@ -57,7 +57,7 @@ ABLATIONS: dict[str, dict[str, str]] = {
 REDRAWN: dict[str, tuple[str, str, str]] = {
     "reference_b32": ("reference_b32", "", "batch 32, constant lr, as published"),
     "reference_b64": ("reference_b64", "", "batch 64"),
-    "reference_b32_cosine": ("reference_b32_cosine", "", "lr decays to zero (cosine)"),
+    "reference_b32_cosine": ("reference_b32_cosine", "", "cosine lr, one stair an epoch"),
     "reference_b32_random": ("reference_b32", "weights=none", "random weights everywhere"),
     "untouched_one_cycle": (
         "reference_b32",
@@ -70,7 +70,7 @@ CRITICAL_T = 2.7  # two-sided 99 % of Student's t with some 40 degrees of freedo
 
 SUMMARY = (
     *("question", "variant", "changes", "seeds", "mean", "std"),
-    *("minutes", "difference", "standard_error", "distinguishable"),
+    *("train", "minutes", "difference", "standard_error", "distinguishable"),
 )
 
 
@@ -84,15 +84,16 @@ def variants(questions: Mapping[str, Mapping[str, str]] = ABLATIONS) -> list[str
 
 
 def summarize(rows: pd.DataFrame, questions: Mapping[str, Mapping[str, str]] = ABLATIONS) -> pd.DataFrame:
-    """One row for each question and variant of runs with the columns changes, seed, val_accuracy and minutes.
+    """One row for each question and variant of runs: columns changes, seed, val_accuracy, train_accuracy, minutes.
 
     Returns
     -------
     DataFrame
-        question, variant, changes, seeds, mean, std (of val_accuracy over the seeds), minutes (mean), difference
-        (of the mean to the question's first variant), standard_error of it, and distinguishable: whether
-        it exceeds CRITICAL_T standard errors. The errors come from the two variants' own deviations, but at least
-        from the deviation pooled over all variants, since three seeds know little about theirs.
+        question, variant, changes, seeds, mean, std (of val_accuracy over the seeds), train (mean of train_accuracy),
+        minutes (mean), difference (of the mean to the question's first variant), standard_error of it, and
+        distinguishable: whether it exceeds CRITICAL_T standard errors. The errors come from the two variants' own
+        deviations, but at least from the deviation pooled over all variants, since three seeds know little
+        about theirs.
 
     Raises
     ------
@@ -113,7 +114,8 @@ def summarize(rows: pd.DataFrame, questions: Mapping[str, Mapping[str, str]] = A
             difference = statistics.mean(mine) - statistics.mean(first)
             row = (question, name, changes, len(mine), statistics.mean(mine), statistics.stdev(mine))
             far = abs(difference) > CRITICAL_T * error
-            out.append((*row, groups[changes].minutes.mean(), difference, error, far))
+            means = groups[changes][["train_accuracy", "minutes"]].mean()
+            out.append((*row, *means, difference, error, far))
     return pd.DataFrame(out, columns=SUMMARY)
 
 
@@ -134,21 +136,22 @@ def recorded_redrawn(folder: str | Path = RECORDED / "redrawn") -> dict[str, tup
 def redrawn_table(redrawn: Mapping[str, tuple[pd.DataFrame, dict]]) -> pd.DataFrame:
     """One row for each redrawn run, and a last one for the published log after as many epochs.
 
-    Columns: run (in words), epochs, first_epoch and test_accuracy (of the first and the last epoch), train_accuracy,
-    low and high (95 %), minutes (None for the published log). Accuracies are fractions.
+    Columns: run (in words), epochs, first_epoch and test_accuracy (of the first and the last epoch), train_accuracy
+    and last_lr (of the last epoch), low and high (95 %), minutes (None for the published log, as is last_lr).
+    Accuracies are fractions.
     """
 
     def row(name: str, history: pd.DataFrame, interval: Sequence[float], minutes: float | None) -> tuple:
         first, last = history.iloc[0], history.iloc[-1]
         accuracies = first.test_accuracy, last.test_accuracy, last.train_accuracy
-        return (name, int(last.epoch), *accuracies, *interval, minutes)
+        return (name, int(last.epoch), *accuracies, last.get("lr"), *interval, minutes)
 
     rows = [row(REDRAWN[n][2], h, m["test_accuracy_ci95"], m["train_seconds"] / 60) for n, (h, m) in redrawn.items()]
     log = published_log()
     log = log[log.epoch <= max(history.epoch.max() for history, _ in redrawn.values())]
     interval = wilson_interval(round(10_000 * log.test_accuracy.iloc[-1]), 10_000)
     rows.append(row("published log, whole ResNet-50", log, interval, None))
-    columns = ("run", "epochs", "first_epoch", "test_accuracy", "train_accuracy", "low", "high", "minutes")
+    columns = ("run", "epochs", "first_epoch", "test_accuracy", "train_accuracy", "last_lr", "low", "high", "minutes")
     return pd.DataFrame(rows, columns=columns)
 
 

@@ -2,32 +2,74 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from cifar_ft import log
+from cifar_ft import CifarFtError, log
 from cifar_ft.data import Split
-from cifar_ft.models import is_frozen_batchnorm, predict_logits
+from cifar_ft.models import DeviceError, choose_device, is_frozen_batchnorm, predict_logits
 from cifar_ft.recipes import Recipe
 from cifar_ft.transforms import eval_transform
 
+Result = TypeVar("Result")
 
-def start_processes() -> PartialState:
-    """The state of this process among all; one process unless a launcher such as torchrun started more.
 
-    Accelerate starts several processes on CPUs only when it is told that there is no accelerator. Of several, only the
-    main one logs.
+def start_processes(device: str | torch.device = "auto") -> PartialState:
+    """The state of this process among all, on `device`; one process unless a launcher such as torchrun started more.
+
+    Accelerate starts several processes on CPUs only when it is told that there is no accelerator. Of several, each
+    takes a GPU of its own, and only the main one logs.
+
+    Raises
+    ------
+    DeviceError
+        When there is no such device here, or several processes would share a GPU.
     """
-    state = PartialState(cpu=cpu_only())
+    chosen = choose_device(device)
+    with without_settings():
+        state = PartialState(cpu=chosen.type == "cpu")
     if not state.is_main_process:
         log.setLevel("ERROR")
+    if state.num_processes == 1:  # it stays for the life of the process, and the next run may want another device
+        state.device = chosen
+        if chosen.index is not None:
+            torch.cuda.set_device(chosen)
+    elif chosen.index is not None:
+        raise DeviceError(f"{chosen} is one GPU for several processes; use device=cuda and set CUDA_VISIBLE_DEVICES")
     return state
 
 
-def cpu_only() -> bool:
-    """Whether there is neither a GPU nor Apple's."""
-    return not (torch.cuda.is_available() or torch.backends.mps.is_available())
+@contextmanager
+def without_settings() -> Iterator[None]:
+    """Hide what the environment says to Accelerate: the recipe decides a run, whatever a shell or launcher has set."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("ACCELERATE_")}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def on_main(state: PartialState, action: Callable[[], Result]) -> Result:
+    """What `action` returns in the main process, in all of them. Its error ends them all; the others say nothing."""
+    result = error = None
+    if state.is_main_process:
+        try:
+            result = action()
+        except CifarFtError as caught:
+            error = caught
+    result, failed = broadcast_object_list([result, error is not None])
+    if error:
+        raise error
+    if failed:
+        raise SystemExit(1)
+    return result
 
 
 def synchronize_batchnorm(model: nn.Module, accelerator: Accelerator) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import threading
 from pathlib import Path
@@ -10,9 +9,11 @@ from types import FrameType
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from cifar_ft import CifarFtError, log
 from cifar_ft.data import TrainLoader
+from cifar_ft.files import command
 from cifar_ft.training.state import Training
 
 CHECK_EVERY = 50  # steps between two looks at the loss on a GPU, which would have to be waited for
@@ -23,22 +24,32 @@ class TrainingError(CifarFtError, RuntimeError):
     """Training that cannot start, continue or be stored."""
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether PyTorch says so, on CUDA, on Apple's GPU or on a CPU."""
-    signs = ("DefaultCPUAllocator", "MPS backend out of memory")
-    return isinstance(error, torch.cuda.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+def smallest_weights(training: Training) -> list[Tensor]:
+    """A copy of the smallest tensor of each of the optimiser's groups, which shows whether a step has moved it."""
+    groups = [group["params"] for group in training.optimizer.param_groups]
+    return [min(weights, key=Tensor.numel).detach().clone() for weights in groups]
 
 
-def use_less_memory(training: Training, loader: TrainLoader) -> None:
+def use_less_memory(training: Training, loader: TrainLoader, before: list[Tensor]) -> None:
     """From now on compute each batch in twice as many micro-batches, beginning with the step that failed.
 
     A recorded step holds the memory of a whole batch; where there is one, dropping it is tried first.
 
+    Parameters
+    ----------
+    before : what `smallest_weights` gave before that step.
+
     Raises
     ------
     TrainingError
-        When the memory does not suffice for two images, or for one of several processes.
+        When the memory does not suffice for two images, or for one of several processes, or was exhausted after the
+        optimiser had begun to move the weights: the step would move them twice.
     """
+    if not all(map(torch.equal, before, smallest_weights(training))):
+        raise TrainingError(
+            f"out of memory while the weights were moved or saved, in epoch {training.epoch + 1}; free some memory, "
+            "then resume from the last checkpoint (--resume)"
+        )
     recipe, number, images = training.recipe, 2 * training.accumulation, loader.sizes[training.step]
     if loader.world > 1:
         raise TrainingError(
@@ -119,9 +130,9 @@ class StopRequest:
 
 def stop(training: Training, folder: Path) -> None:
     """End a training that has just been saved, and say how it is resumed."""
-    command = f"python -m cifar_ft train --out {shlex.quote(str(folder))} --resume"
+    resuming = command("train", "--out", folder, "--resume")
     log.info(
-        f"Stopped after epoch {training.epoch}, step {training.step}, and saved. Resume with: {command} "
+        f"Stopped after epoch {training.epoch}, step {training.step}, and saved. Resume with: {resuming} "
         "(in Python: the same fit with its run_dir and resume=True)"
     )
     raise KeyboardInterrupt

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch.nn.functional as F
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate import PartialState
+from accelerate.utils import broadcast
 
 from cifar_ft import log, transforms
 from cifar_ft.data import Cifar10, Split, TrainLoader
-from cifar_ft.files import progress, show_path
-from cifar_ft.models import build_model, refresh_batchnorm
+from cifar_ft.files import full_path, one_line, progress, show_path
+from cifar_ft.models import build_model, is_out_of_memory, refresh_batchnorm
 from cifar_ft.recipes import Recipe
 from cifar_ft.results import Run, accuracy_text, load_run
 from cifar_ft.training.checkpoint import RunDirectory
-from cifar_ft.training.distributed import gather_logits, share_statistics, start_processes
-from cifar_ft.training.faults import StopRequest, check_loss, is_out_of_memory, stop, use_less_memory
-from cifar_ft.training.hardware import Plan, choose_plan, keep_memory
+from cifar_ft.training.distributed import gather_logits, on_main, share_statistics, start_processes
+from cifar_ft.training.faults import StopRequest, TrainingError, check_loss, smallest_weights, stop, use_less_memory
+from cifar_ft.training.hardware import Plan, choose_plan
 from cifar_ft.training.loop import train_epoch
 from cifar_ft.training.optim import lr_factor
 from cifar_ft.training.probe import fit_head
@@ -33,7 +35,15 @@ from cifar_ft.training.state import Training, prepare
 Splits = dict[str, Split]  # "train", "val" and "test"
 
 
-def fit(recipe: Recipe, data: Cifar10, run_dir: str | Path | None = None, *, resume: bool = False) -> Run:
+def fit(
+    recipe: Recipe,
+    data: Cifar10,
+    run_dir: str | Path | None = None,
+    *,
+    resume: bool = False,
+    accept_changes: bool = False,
+    device: str = "auto",
+) -> Run:
     """Train what a recipe says, evaluate the result on the test set, and leave a complete run directory.
 
     Parameters
@@ -41,10 +51,14 @@ def fit(recipe: Recipe, data: Cifar10, run_dir: str | Path | None = None, *, res
     recipe : Recipe
     data : Cifar10
     run_dir : path, optional
-        Folder of the run; by default a new one under `files.runs_root()`, named by recipe and time.
+        Folder of the run, new or empty; by default a new one under `files.runs_root()`, named by recipe and time.
     resume : bool
         Resume the run in `run_dir` from its last complete checkpoint; a finished run is only loaded.
         Ctrl-C and SIGTERM leave such a checkpoint.
+    accept_changes : bool
+        Resume a run that other code or versions began, and store in its config.json that they changed.
+    device : str
+        "cpu", "cuda", "cuda:1", "mps", or "auto" (see `models.choose_device`).
 
     Returns
     -------
@@ -54,26 +68,35 @@ def fit(recipe: Recipe, data: Cifar10, run_dir: str | Path | None = None, *, res
     Raises
     ------
     TrainingError
-        When the folder holds another run or is in use, or the loss is no longer finite.
+        When the folder holds another run or other files or is in use, or the loss is no longer finite.
+    DeviceError
+        When there is no such device.
     FileError
         When the disk is full.
     SourceError, SurgeryError
         When the pretrained weights cannot be had or do not fit.
     """
-    keep_memory()
-    state = start_processes()
-    run_dir = Path(broadcast_object_list([str(run_dir or new_run_dir(recipe))])[0])
-    with own_stream(state.device), RunDirectory(run_dir, active=state.is_main_process) as directory:
-        if resume and (run_dir / "metrics.json").exists():
-            directory.check({"recipe": recipe.to_dict(), "data": {"digest": data.digest}})
+    state = start_processes(device)
+    run_dir = on_main(state, lambda: full_path(run_dir) if run_dir else new_run_dir(recipe))
+    directory = RunDirectory(run_dir, active=state.is_main_process)
+    with own_stream(state.device), ExitStack() as opened:
+
+        def begun() -> tuple[dict, dict | None]:
+            return opened.enter_context(directory).begun(recipe.to_dict(), data.digest, resume)
+
+        stored, checkpoint = on_main(state, begun)
+        if stored and (run_dir / "metrics.json").exists():
             log.info(f"{show_path(run_dir)} is finished; nothing to resume")
             return load_run(run_dir)
-        directory.check_free(resume)
         splits = select_images(recipe, data)
-        training = set_up(recipe, directory)
-        directory.begin(describe_run(training, data, splits))
+        training = set_up(recipe, state, stored, restored=checkpoint is not None)
+        on_main(state, lambda: directory.begin(describe_run(training, data, splits), accept_changes))
         splits = {name: split.to(training.accelerator.device) for name, split in splits.items()}
-        start_or_resume(training, splits["train"], directory, resume)
+        if checkpoint:
+            continue_from(checkpoint, training)
+        else:
+            warm_up(training, splits["train"])
+        del checkpoint  # as large as the model and its optimiser
         with StopRequest() as request:
             while training.epoch < recipe.epochs:
                 run_epoch(training, splits["train"], directory, request)
@@ -92,25 +115,36 @@ def select_images(recipe: Recipe, data: Cifar10) -> Splits:
     return {name: split.subset(getattr(recipe, f"{name}_images")) for name, split in splits.items()}
 
 
-def set_up(recipe: Recipe, directory: RunDirectory) -> Training:
-    """The model, its optimiser, and how to compute; a resumed run computes as it began."""
-    model, state = build_model(recipe), start_processes()
-    stored = directory.config().get("plan") if directory.active else None
-    plan = None
-    if state.is_main_process:
+def set_up(recipe: Recipe, state: PartialState, stored: dict, restored: bool) -> Training:
+    """The model, its optimiser, and how to compute; a resumed run (`stored`: its config.json) computes as it began.
+
+    Where a checkpoint will be restored, all weights are in it: nothing is fetched, and no file is read.
+    """
+    model = build_model(recipe, stored["weights"] if restored else None)
+
+    def plan() -> Plan:
+        if stored.get("plan"):
+            return Plan.stored(stored["plan"], state.device)
         share = recipe.replace(batch_size=max(2, recipe.batch_size // state.num_processes))
-        plan = Plan.stored(stored) if stored else choose_plan(share, model.weights_info["backbone"], state.device)
-    return prepare(recipe, model, broadcast_object_list([plan])[0])
+        return choose_plan(share, model.weights_info["backbone"], state.device)
+
+    return prepare(recipe, model, on_main(state, plan))
 
 
-def start_or_resume(training: Training, train: Split, directory: RunDirectory, resume: bool) -> None:
-    """Restore the last checkpoint, or warm up: refresh BatchNorm after a resampled stem, fit the head if asked."""
-    recipe, model = training.recipe, training.unwrapped_model
-    checkpoint = broadcast_object_list([directory.load_checkpoint() if resume else None])[0]
-    if checkpoint:
+def continue_from(checkpoint: dict, training: Training) -> None:
+    """Restore a checkpoint."""
+    try:
         training.restore(checkpoint)
-        log.info(f"Resuming after epoch {training.epoch}, step {training.step}")
-        return
+    except (RuntimeError, LookupError, TypeError, ValueError) as error:
+        raise TrainingError(
+            f"the checkpoint does not fit this code ({one_line(error)[:200]}); resume it with the version that began it"
+        ) from error
+    log.info(f"Resuming after epoch {training.epoch}, step {training.step}")
+
+
+def warm_up(training: Training, train: Split) -> None:
+    """What comes before the first step: refresh BatchNorm after a resampled stem, and fit the head if asked."""
+    recipe, model = training.recipe, training.unwrapped_model
     if recipe.stem == "cifar_resampled":
         transform, sample = transforms.eval_transform(recipe), train.subset(min(len(train), 4096))
         refresh_batchnorm(model, (transform(images) for images in sample.images.split(256)))
@@ -131,26 +165,31 @@ def run_epoch(training: Training, train: Split, directory: RunDirectory, request
     training.steps_per_epoch, start = len(loader), time.perf_counter() - training.seconds
 
     def after_step() -> None:
+        nonlocal before
         training.seconds = time.perf_counter() - start
         bar.update()
         asked = request.agreed(accelerator, training.step)
-        saving = asked or (recipe.checkpoint_steps and training.step % recipe.checkpoint_steps == 0)
+        last = training.step == len(loader)  # saved before it is scored
+        saving = asked or last or (recipe.checkpoint_steps and training.step % recipe.checkpoint_steps == 0)
         check_loss(training, loader, saving)
         if saving:
             save(training, directory)
         if asked:
             stop(training, directory.path)
+        before = smallest_weights(training)
 
+    before = smallest_weights(training)
     with _progress(training) as bar:
         while training.step < len(loader):
             loader.start = training.step
             try:
                 train_epoch(training, loader, after_step)
                 continue
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            use_less_memory(training, loader)  # not in the except block, where the error still holds the step's tensors
+            # Not in the except block, where the error still holds the step's tensors.
+            use_less_memory(training, loader, before)
 
 
 def save(training: Training, directory: RunDirectory) -> None:

@@ -23,7 +23,7 @@ def fit_head(model: nn.Module, train: Split, recipe: Recipe, decay: float = 1e-4
     sample = train.subset(min(len(train), recipe.head_fit_images or len(train)))
     transform, head = transforms.eval_transform(recipe), models.head(model)
     with evaluating(model), torch.no_grad():
-        inputs = torch.cat([models.features(model, transform(images)).float() for images in sample.images.split(250)])
+        inputs = models.in_batches(lambda batch: models.features(model, transform(batch)).float(), sample.images, 250)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=50, line_search_fn="strong_wolfe")
 
     def closure():

@@ -22,7 +22,8 @@ from torch import Tensor
 from cifar_ft import __version__
 from cifar_ft.data import Cifar10, Split
 from cifar_ft.files import PACKAGE, runs_root, show_path
-from cifar_ft.recipes import Recipe
+from cifar_ft.models import choose_device
+from cifar_ft.recipes import Recipe, weights_name
 from cifar_ft.results import fit_calibration, wilson_interval
 from cifar_ft.training.checkpoint import RunDirectory
 from cifar_ft.training.faults import TrainingError
@@ -70,14 +71,14 @@ def describe_run(training: Training, data: Cifar10, splits: dict[str, Split]) ->
     """The run's `config.json`: all that decides it, with digests, and what it runs on."""
     sizes = {name: len(split) for name, split in splits.items()}
     return {
-        "recipe": training.recipe.to_dict(),
+        "recipe": {**training.recipe.to_dict(), "weights": weights_name(training.recipe.weights)},
         "weights": training.weights_info,
         "data": {"source": data.source, "digest": data.digest, **sizes},
         "precision": training.plan.precision,
         "plan": asdict(training.plan),
         "code": code_digests(),
         "versions": _versions(),
-        "hardware": describe_machine(),
+        "hardware": describe_machine(training.accelerator.device),
     }
 
 
@@ -121,8 +122,8 @@ def write_run(directory: RunDirectory, training: Training, splits: dict[str, Spl
         "test_accuracy_flip_tta": correct("flip_tta") / n if "flip_tta" in logits else None,
         "train_seconds": sum(row["seconds"] for row in epochs),
         "images_per_second": len(splits["train"]) * recipe.epochs / sum(row["train_only_seconds"] for row in epochs),
-        "peak_memory_mb": peak_memory_mb(),
-        "hardware": describe_machine(),
+        "peak_memory_mb": peak_memory_mb(training.accelerator.device),
+        "hardware": describe_machine(training.accelerator.device),
         "versions": _versions(),
     }
     directory.write_json("metrics.json", metrics)
@@ -146,10 +147,11 @@ def _csv(rows: list[dict]) -> bytes:
     return text.getvalue().encode()
 
 
-def peak_memory_mb() -> float:
-    """The most memory so far: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
+def peak_memory_mb(device: torch.device | None = None) -> float:
+    """The most memory so far: of the GPU if `device` is one, else of this process; None: what "auto" is."""
+    device = device or choose_device()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     try:
         import resource
     except ImportError:  # Windows

@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
 from torch import Tensor, nn
 
 from cifar_ft.recipes import Recipe
 from cifar_ft.training.convolutions import speed_up
-from cifar_ft.training.distributed import cpu_only, synchronize_batchnorm
+from cifar_ft.training.distributed import synchronize_batchnorm, without_settings
 from cifar_ft.training.hardware import Plan
 from cifar_ft.training.optim import make_optimizer
 from cifar_ft.training.replay import Replay
@@ -122,13 +121,8 @@ def prepare(recipe: Recipe, model: nn.Module, plan: Plan) -> Training:
     """Move the model to the device, make its optimiser and its moving average, and hand them to Accelerate."""
     plan.apply()
     AcceleratorState._reset_state()  # it would else insist on the precision of an earlier run in this process
-    accelerator = Accelerator(
-        mixed_precision="no" if plan.precision == "fp32" else plan.precision,
-        cpu=cpu_only(),
-        # Said here, so that no environment variable of Accelerate's decides a result.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        dynamo_plugin=TorchDynamoPlugin(backend="no"),
-    )
+    with without_settings():
+        accelerator = Accelerator(mixed_precision="no" if plan.precision == "fp32" else plan.precision)
     info = model.weights_info
     model = synchronize_batchnorm(model, accelerator)
     model = model.to(accelerator.device, memory_format=torch.channels_last)
@@ -137,7 +131,8 @@ def prepare(recipe: Recipe, model: nn.Module, plan: Plan) -> Training:
     ema = copy.deepcopy(model).requires_grad_(False) if recipe.ema_decay else None
     if recipe.compile:
         model.compile()  # in place, so that names in the state dict stay
-    model, optimizer = accelerator.prepare(model, make_optimizer(model, recipe))
+    with without_settings():
+        model, optimizer = accelerator.prepare(model, make_optimizer(model, recipe))
     training = Training(recipe, accelerator, plan, model, optimizer, ema, info, recipe.accumulation)
     alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1
     if alone and accelerator.scaler is None and not recipe.compile:  # the scaler of fp16 decides on the CPU

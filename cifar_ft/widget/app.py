@@ -21,12 +21,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from cifar_ft import CifarFtError, log
-from cifar_ft.files import ASSETS, PACKAGE, runs_root
+from cifar_ft.files import ASSETS, PACKAGE, folder_variables, full_path
 
 NOTEBOOK = ASSETS / "app.ipynb"
 HOST = "127.0.0.1"
 PORT = 8866
 READY = "CIFAR_FT_APP_READY"  # environment variable: the folder where a kernel says that its page is ready
+RUN = "CIFAR_FT_APP_RUN"  # likewise: the run whose model answers, or "shipped"
 PATIENCE = 120  # seconds for the first kernels
 # As `python -m voila`, without the warnings that it means for its own authors.
 VOILA = "import warnings; from voila.app import main; warnings.simplefilter('ignore', DeprecationWarning); main()"
@@ -38,7 +39,9 @@ class AppError(CifarFtError, RuntimeError):
     """The page cannot be served."""
 
 
-def serve(port: int = PORT, host: str = HOST, browser: bool = True, pool: int = 2) -> None:
+def serve(
+    port: int = PORT, host: str = HOST, browser: bool = True, pool: int = 2, run: str | os.PathLike = "shipped"
+) -> None:
     """Serve the page until Ctrl-C (or SIGTERM), then end all that was started.
 
     Parameters
@@ -50,19 +53,27 @@ def serve(port: int = PORT, host: str = HOST, browser: bool = True, pool: int = 
         Open the page in a browser once it is ready.
     pool : int
         Kernels kept ready, each with its own copy of the model: so many visitors who come at once need not wait.
+    run : path
+        The run whose model answers, instead of the shipped one.
 
     Raises
     ------
+    RunError, PredictionError
+        When the run is missing, unfinished or damaged.
     AppError
         Without Voila, when the port cannot be had, or when the server ends by itself.
     """
     if find_spec("voila") is None:
         raise AppError('the app needs Voila; install it with `pip install "voila>=0.5.8,<0.6"`')
     check_port(host, port)
+    if str(run) != "shipped":
+        from cifar_ft.predictions import Predictor  # which brings PyTorch
+
+        Predictor.load(run := full_path(run))  # says here, where it is read, which model answers, or why none does
     with tempfile.TemporaryDirectory(prefix="cifar_ft_app_", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         prepare(folder)
-        arguments, settings = command(folder, port, host, pool), environment(folder)
+        arguments, settings = command(folder, port, host, pool), environment(folder, run)
         for end in ("SIGTERM", "SIGHUP"):  # a request to end, or a terminal that is closed, is like Ctrl-C
             if hasattr(signal, end):
                 signal.signal(getattr(signal, end), signal.default_int_handler)
@@ -70,7 +81,7 @@ def serve(port: int = PORT, host: str = HOST, browser: bool = True, pool: int = 
         server = subprocess.Popen(arguments, env=settings, cwd=folder, start_new_session=True)
         try:
             _wait_until_ready(server, folder / "ready", pool)
-            url = f"http://{host}:{port}/"
+            url = page_address(host, port)
             log.info(f"The app is ready: {url} (Ctrl-C stops it)")
             if browser:
                 webbrowser.open(url)
@@ -80,6 +91,11 @@ def serve(port: int = PORT, host: str = HOST, browser: bool = True, pool: int = 
             log.info("Stopped.")
         finally:
             _end(server)
+
+
+def page_address(host: str, port: int) -> str:
+    """Where the page is; an IPv6 address stands in brackets there."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
 def check_port(host: str, port: int) -> None:
@@ -143,15 +159,15 @@ def command(folder: Path, port: int, host: str, pool: int) -> list[str]:
     return [sys.executable, "-c", VOILA, str(folder / "page" / "app.ipynb"), *flags]
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """This process's environment, with all settings of Jupyter, IPython and matplotlib inside the temporary folder."""
+def environment(folder: Path, run: str | os.PathLike = "shipped") -> dict[str, str]:
+    """This process's environment and the run; all settings of Jupyter, IPython and matplotlib are inside `folder`."""
     own = {
         "JUPYTER_CONFIG_DIR": folder / "config",
         "JUPYTER_DATA_DIR": folder / "data",
         "JUPYTER_RUNTIME_DIR": folder / "runtime",
         "JUPYTER_PATH": folder / "kernels",
         "IPYTHONDIR": folder / "ipython",
-        "CIFAR_FT_RUNS": runs_root().absolute(),
+        RUN: run,
         READY: folder / "ready",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])),
         "TMPDIR": folder,
@@ -161,7 +177,12 @@ def environment(folder: Path) -> dict[str, str]:
     dropped = ("JUPYTER_CONFIG_PATH", "JUPYTER_NO_CONFIG", "PYTHONSTARTUP")
     inherited = {name: value for name, value in os.environ.items() if name not in dropped}
     # One thread is enough for one small picture, and visitors share the processor.
-    return {"OMP_NUM_THREADS": "1", **inherited, **{name: str(value) for name, value in own.items()}}
+    return {
+        "OMP_NUM_THREADS": "1",
+        **inherited,
+        **folder_variables(),
+        **{name: str(value) for name, value in own.items()},
+    }
 
 
 def _wait_until_ready(server: subprocess.Popen, ready: Path, pool: int) -> None:
@@ -187,15 +208,16 @@ def _end(server: subprocess.Popen) -> None:
 
 
 def page() -> None:
-    """Show the page, in app.ipynb: the widget for the newest run's or the shipped model, or why there is none."""
+    """Show the page, in app.ipynb: the widget for the model that `serve` names, or why there is none."""
     from IPython.display import HTML, display
 
+    from cifar_ft.predictions import Predictor
     from cifar_ft.widget.html import alert_html
     from cifar_ft.widget.widget import prediction_widget
 
     log.setLevel("WARNING")  # the widget itself says which model it is
     try:
-        widget = prediction_widget()
+        widget = prediction_widget(Predictor.load(os.environ.get(RUN, "shipped")))
         widget.state.preview()  # the first answer takes longest, so it is given before anybody waits
         display(widget)
     except Exception as error:

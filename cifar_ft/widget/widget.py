@@ -180,7 +180,7 @@ def prediction_widget(
     other: Predictor | None = None,
     lang: str = "en",
 ) -> PredictionWidget:
-    """The widget for a model; without one, for the newest finished run or else the shipped model.
+    """The widget for a model; without one, for the shipped model.
 
     Parameters are those of `PredictionWidget`.
 
@@ -191,4 +191,4 @@ def prediction_widget(
     LanguageError
         For a language other than "en" and "fr".
     """
-    return PredictionWidget(predictor or Predictor.newest_or_shipped(), samples, other, lang)
+    return PredictionWidget(predictor or Predictor.load(), samples, other, lang)

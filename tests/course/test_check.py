@@ -1,4 +1,4 @@
-"""Promise: `check` names what is missing and what to do about it."""
+"""Promise: `check` names what is missing and what to do about it, and fetches nothing."""
 
 import shutil
 import sys
@@ -18,10 +18,10 @@ Raw, Weights = namedtuple("Raw", "path source"), namedtuple("Weights", "name sou
 def ready(monkeypatch, tmp_path):
     """A machine that has all it needs."""
     monkeypatch.setenv("CIFAR_FT_DATA", str(tmp_path / "not" / "made" / "yet"))
+    monkeypatch.delenv("CIFAR_FT_BACKBONE", raising=False)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(5000 * 2**20))
-    monkeypatch.setattr(data, "fetch_cifar10", lambda: Raw(tmp_path / "cifar10.npz", "npm"))
-    monkeypatch.setattr(models, "resolve_backbone", lambda name: "resnet50")
-    monkeypatch.setattr(models, "fetch_weights", lambda name: Weights("IMAGENET1K_V1", "torchvision"))
+    monkeypatch.setattr(data, "fetch_cifar10", lambda fetch: Raw(tmp_path / "cifar10.npz", "npm"))
+    monkeypatch.setattr(models, "fetch_weights", lambda name, fetch: Weights("IMAGENET1K_V1", "torchvision"))
 
 
 def failures() -> dict[str, str]:
@@ -40,16 +40,46 @@ def test_what_is_missing_is_named_with_what_to_do(ready, monkeypatch):
     def missing(name):
         raise PackageNotFoundError(name)
 
-    def unreachable(*names):
-        raise SourceError("no source answers; set a proxy")
+    def damaged(*names, fetch):
+        raise SourceError("it is damaged; fetch it again")
 
     monkeypatch.setattr(check, "version", missing)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(999 * 2**20))
-    monkeypatch.setattr(data, "fetch_cifar10", unreachable)
-    monkeypatch.setattr(models, "fetch_weights", unreachable)
+    monkeypatch.setattr(data, "fetch_cifar10", damaged)
+    monkeypatch.setattr(models, "fetch_weights", damaged)
     found = failures()
     assert found["papermill is not installed"] == "pip install -r requirements.txt"
-    assert found["CIFAR-10"] == found["weights"] == "no source answers; set a proxy"
+    assert found["CIFAR-10"] == found["weights"] == "it is damaged; fetch it again"
     assert [advice for what, advice in found.items() if what.startswith("999 MB free")] == [
         "free 1,000 MB there, or set CIFAR_FT_DATA to a folder on another disk"
     ]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "megabytes", "otherwise"),
+    [("", 103, "; where they cannot be had, efficientnet_lite0 is taken"), ("resnet18", 47, "")],
+)
+def test_what_is_not_here_yet_is_told_with_its_size_and_not_fetched(
+    server, tmp_path, monkeypatch, backbone, megabytes, otherwise
+):
+    def refuse(url, *_):
+        pytest.fail(f"{url} is fetched")
+
+    monkeypatch.setattr(models.weights, "download", refuse)
+    monkeypatch.setenv("CIFAR_FT_BACKBONE", backbone)
+    found, network = [what for ok, what, _ in check.checks() if ok], backbone or "resnet50"
+    assert found[-2:] == [
+        "CIFAR-10 is not here yet: 144 MB, which `python -m cifar_ft data` or the first use fetches",
+        f"ImageNet weights of {network} are not here yet: {megabytes} MB, which `python -m cifar_ft data --backbone "
+        f"{network}` or the first training fetches{otherwise}",
+    ]
+    assert server.requests == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_cache_is_a_fault(server, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/cifar10.safetensors").write_bytes(b"damaged")
+    assert "is damaged (it cannot be read" in failures()["CIFAR-10"]
+    assert "`python -m cifar_ft data` fetches it again" in failures()["CIFAR-10"]
+    assert server.requests == []

@@ -16,6 +16,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from cifar_ft import CifarFtError, course, files
 from cifar_ft.course import runner
+from cifar_ft.recipes import get_recipe
 
 PARAMETERS = 'RECIPE: str = "quick"\nRUN_DIR: str = ""\nEPOCHS: int = 3\nLR: float = 0.1\nFLIP: bool = True'
 
@@ -199,7 +200,8 @@ def test_what_fetches_data_first_gets_all_parameters(finished):
 def test_each_executed_notebook_has_a_page_beside_it(finished):
     folder, *_ = finished
     page = (folder / "out" / "2_show.html").read_text("utf-8")
-    assert str(folder / "out" / "run") in page
+    assert f"{os.sep}run" in page
+    assert str(folder) not in page  # nor does it tell the folders above its own
     # a page cannot run widgets, and would ask a foreign host for them
     assert 'type="application/vnd.jupyter.widget-view' not in page
 
@@ -237,6 +239,27 @@ def test_relative_paths_mean_the_callers_folder_and_only_progress_is_printed(tmp
     printed, error = capfd.readouterr()
     assert [line.split()[:2] for line in printed.splitlines()] == [["[1/1]", "a"], ["[1/1]", "a"]]
     assert error == ""
+
+
+def test_paths_in_parameters_and_environment_mean_the_callers_folder_in_every_notebook(tmp_path, monkeypatch):
+    here, home = tmp_path / "Bücher & mehr", tmp_path / "my home"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for name, value in {"HOME": str(home), "CIFAR_FT_DATA": "./cache", "CIFAR_FT_RUNS": "~/my runs"}.items():
+        monkeypatch.setenv(name, value)
+    names = "('CIFAR_FT_DATA', 'CIFAR_FT_RUNS')"
+    shows = f"import os\nfor name in {names}: print(os.environ[name])\nprint(RUN_DIR)\nprint(OVERRIDES)"
+    write(here / "n", "a", shows, parameters='RECIPE: str = "quick"\nOVERRIDES: str = ""\nRUN_DIR: str = ""')
+    given = ["RUN_DIR=~/x", "OVERRIDES='weights=my weights.pt' epochs=1"]
+    result = course.run_course("~/out", given, "n")
+    assert result.path == home / "out"
+    *paths, overrides = texts(home / "out" / "a.ipynb")[2].splitlines()
+    assert paths == [f"{here}/cache", f"{home}/my runs", f"{home}/x"]
+    assert get_recipe("quick", overrides).weights == f"{here}/my weights.pt"
+    with pytest.raises(CifarFtError, match="RUN_DIR '~nobody-here/x': there is no such home folder") as caught:
+        course.run_course("other", ["RUN_DIR=~nobody-here/x"], "n")
+    assert caught.value.wrong_argument
+    assert not (here / "other").exists()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import nn
 
 from cifar_ft import models
 from cifar_ft.data import SourceError
-from cifar_ft.models import SurgeryError, create_backbone, cut, fetch_weights, replace_stem, surgery
+from cifar_ft.models import SurgeryError, build_model, create_backbone, cut, fetch_weights, replace_stem, surgery
 from cifar_ft.transforms import eval_transform
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -151,6 +151,19 @@ def test_random_weights_on_purpose_never_touch_the_network(no_network, backbone,
     assert (info["weights"], info["loaded"], info["sha256"]) == ("none", 0, None)
     assert "random initialisation, as asked" in said[-2]
     assert said[-1] == "Note: the weights are random, and freeze=stem leaves a part of them so"
+
+
+@pytest.mark.parametrize("backbone", ["auto", "efficientnet_lite0"])
+@pytest.mark.parametrize("weights", ["imagenet", "/no/such/file.pt"])
+def test_what_a_checkpoint_will_fill_fetches_nothing_and_says_what_it_was(no_network, backbone, weights, said):
+    info = {"backbone": "efficientnet_lite0", "weights": "V1", "source": "the hub", "sha256": "ab", "missing": []}
+    model = build_model(recipe(backbone=backbone, weights=weights, freeze="stem"), info)
+    assert model.weights_info == info
+    assert said == ["Model: efficientnet_lite0, weights V1 (the hub)"]
+    fresh = create_backbone("efficientnet_lite0").state_dict()
+    assert {name: value.shape for name, value in model.state_dict().items() if not name.startswith("class")} == {
+        name: value.shape for name, value in fresh.items() if not name.startswith("class")
+    }
 
 
 @pytest.mark.parametrize("weights", ["imagenet", "/no/such/file.pt"])

@@ -77,7 +77,7 @@ def test_torchvision_weights_are_fetched_once_checked_and_mended(small, server, 
     small.write_bytes(small.read_bytes()[:-1] + b"?")
     assert fetch_weights("resnet50").sha256 == got.sha256
     assert f"{small.name} is damaged (SHA-256 " in said[0]
-    assert "fetching it again" in said[0]
+    assert "has to be fetched again" in said[0]
 
 
 def test_the_hub_copy_is_the_second_source(small, server, tmp_path):
@@ -110,7 +110,7 @@ def test_weights_in_the_cache_of_earlier_versions_are_read(small, server, tmp_pa
 def test_unreachable_weights_name_each_reason_and_a_way_out(small, server, tmp_path, hub, reason):
     server.modes[f"/{small.name}"] = "503"
     server.files |= {HUB: hub} if hub else {}
-    with pytest.raises(SourceError, match=rf"torchvision: HTTP 503; {reason}(.|\n)*path of a .safetensors"):
+    with pytest.raises(SourceError, match=rf"torchvision: HTTP 503 \(.*\); {reason}(.|\n)*path of a .safetensors"):
         fetch_weights("resnet50")
     assert list((tmp_path / "data/weights").glob("*.safetensors")) == []
 
@@ -309,7 +309,7 @@ def test_auto_says_which_backbone_and_why_and_tries_once(small, server, said):
     for _ in range(2):
         assert resolve_backbone("auto") == "efficientnet_lite0"
         assert said[-1].startswith("backbone auto: efficientnet_lite0, because the ImageNet weights of resnet50 cannot")
-        assert "torchvision: HTTP 503; hub: HTTP 404" in said[-1]
+        assert "torchvision: HTTP 503 (a fault of the server, try again later); hub: HTTP 404 (" in said[-1]
         assert len(server.requests) == 2
     server.modes.clear()
     weights._auto.cache_clear()  # as a new process would
@@ -354,13 +354,67 @@ def test_a_file_that_says_nothing_of_its_strides_has_torchvisions(tmp_path, name
     assert fetch_weights("resnet50", path).strides == strides
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"state_dict": s, "epoch": 3},
+        lambda s: {"model": s, "optimizer": {"state": {}}},
+        lambda s: {"epoch": 3, "model": {"name": "resnet50"}, "weights": s},
+        lambda s: {"model": {"state_dict": {"model_state_dict": s}}},
+        lambda s: {"model_ema": {"zz": torch.ones(1)}, "model": s},
+        lambda s: {"config": {}, "state_dict_ema": s},
+    ],
+)
 def test_a_local_file_in_its_usual_forms_serves_as_weights(tmp_path, wrap):
     torch.save(wrap({"module.fc.weight": torch.arange(3.0)}), tmp_path / "mine.pt")
     got = fetch_weights("resnet50", tmp_path / "mine.pt")
     assert list(got.state_dict) == ["fc.weight"]
     assert torch.equal(got.state_dict["fc.weight"], torch.arange(3.0))
     assert (got.name, got.sha256) == ("mine.pt", file_digest(tmp_path / "mine.pt"))
+
+
+NAMES = ["conv1.weight", "layer1.0.bn1.running_mean", "layer1.0.downsample.0.weight", "fc.weight"]
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module.", "model.", "net.",
+        "backbone.", "ema.module.", "model._orig_mod.module.backbone.", "encoder.body.", "0.", "student.net.1.",
+    ],
+)  # fmt: skip
+def test_prefixes_of_wrappers_go_in_any_order_and_number(tmp_path, prefix):
+    save_file(
+        {f"{prefix}{name}": torch.full((1,), float(i)) for i, name in enumerate(NAMES)}, tmp_path / "w.safetensors"
+    )
+    found = read_weights_file(tmp_path / "w.safetensors")
+    assert {name: value.item() for name, value in found.items()} == {name: float(i) for i, name in enumerate(NAMES)}
+
+
+def test_wrappers_within_a_model_and_of_averages_go_too(tmp_path):
+    model = create_backbone("resnet18")
+    model.layer1 = torch.compile(model.layer1)
+    torch.save(torch.optim.swa_utils.AveragedModel(model).state_dict(), tmp_path / "swa.pt")
+    assert read_weights_file(tmp_path / "swa.pt").keys() == create_backbone("resnet18").state_dict().keys()
+
+
+def test_of_two_models_in_one_file_none_is_chosen_in_silence(tmp_path):
+    both = {"student.fc.bias": torch.zeros(1), "teacher.fc.bias": torch.ones(1)}
+    save_file(both, tmp_path / "both.safetensors")
+    assert read_weights_file(tmp_path / "both.safetensors").keys() == both.keys()  # refused by their names
+
+
+def test_a_lite0_that_knows_normalised_pixels_is_not_adapted_again(lite0_own, lite0_fetched, tmp_path):
+    """As timm's efficientnet_lite0.ra_in1k, or what this course has adapted and saved, with any head or none."""
+    for name, state, adapted in (("own", lite0_own, True), ("ra", lite0_fetched.state_dict, False)):
+        for head in (True, False):
+            kept = {key: value.contiguous() for key, value in state.items() if head or not key.startswith("classifier")}
+            save_file(kept, tmp_path / f"{name}.safetensors")
+            got = fetch_weights("efficientnet_lite0", tmp_path / f"{name}.safetensors")
+            assert ("adapted to ImageNet's normalisation" in got.source) is adapted
+            for key in kept:
+                torch.testing.assert_close(got.state_dict[key], lite0_fetched.state_dict[key])
 
 
 class Bomb:

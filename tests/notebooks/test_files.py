@@ -84,7 +84,7 @@ FAULTS = {
     "size: too many words": lambda nb: nb.cells[13].update(source="word " * 2000),
     "opening_and_closing: no title": lambda nb: nb.cells.pop(0),
     "opening_and_closing: stale badge": lambda nb: nb.cells[0].update(
-        source=nb.cells[0].source.replace("07_good", "01_old")
+        source=nb.cells[0].source.replace("\n\n", "\n\n[![Old](x)](y) ", 1)
     ),
     "opening_and_closing: no goals": lambda nb: nb.cells[0].update(
         source=nb.cells[0].source.replace("You will", "We may")

@@ -240,6 +240,13 @@ def test_the_overlay_shows_the_heat_in_blue_and_yellow_and_the_picture_below(cor
     assert (shown[2, ::8].sum(1) > shown[20, ::8].sum(1) + 60).all()  # the bright band of the picture, under both
 
 
+def test_an_overlay_with_black_bars_takes_no_more_than_its_picture_could():
+    long = torch.full((3, 60_000, 1), 255, dtype=torch.uint8)
+    shown = overlay(long, np.zeros((4, 4)), fit="pad")
+    assert shown.shape == (2048, 2048, 3)
+    assert (shown[:, 1023] > shown[:, 0]).all()  # the picture, in the middle
+
+
 def test_the_overlay_has_the_middle_square_of_the_picture_and_refuses_what_is_no_map():
     wide = torch.zeros(3, 40, 90, dtype=torch.uint8)
     wide[:, :, 25:65] = 255

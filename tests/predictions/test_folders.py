@@ -47,6 +47,16 @@ def test_a_folder_gives_one_row_a_picture_sorted_and_goes_on_after_a_bad_one(fol
     assert count_files([folder, "missing.png"]) == len(list(predict_paths([folder, "missing.png"], predictor)))
 
 
+def test_a_row_tells_no_folder_that_was_not_given(folder, predictor, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "empty.png").touch()
+    (folder / "text.png").write_text("no picture")
+    rows = list(predict_paths(["missing.png", "empty.png", "text.png", ".", "http://x/y.png", ""], predictor))
+    assert sum(bool(row["error"]) for row in rows) == 8
+    assert rows[0]["error"] == "there is no file missing.png"
+    assert str(folder) not in str(rows)
+
+
 def test_pictures_of_kinds_that_are_mostly_not_read_are_told_of_in_a_folder(tmp_path, predictor, samples):
     (tmp_path / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     Image.fromarray(samples.images[0].permute(1, 2, 0).numpy()).save(tmp_path / "really_a_png.heic", "PNG")

@@ -46,6 +46,7 @@ def test_noise_after_any_magic_is_refused_in_one_line(magic, noise):
     st.data(),
 )
 def test_every_mode_and_size_becomes_a_square_of_32_pixels(width, height, mode, data):
-    picture = Image.new(mode, (width, height), data.draw(st.sampled_from([0, 1])) if mode != "F" else 0.5)
+    values = {"F": [0.5], "RGBA": [(0, 0, 0, 1), (1, 1, 1, 0)], "LA": [(0, 1), (1, 0)]}.get(mode, [0, 1])
+    picture = Image.new(mode, (width, height), data.draw(st.sampled_from(values)))
     assert squared(picture).image.shape == (3, 32, 32)
     assert squared(picture, "pad").image.shape == (3, 32, 32)

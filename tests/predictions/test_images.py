@@ -114,7 +114,205 @@ def test_transparent_parts_are_white_in_every_kind_of_file():
         assert read_image(content)[:, 0].T.tolist() == [[200, 0, 0], [255, 255, 255]]
     half = Image.new("LA", (1, 1), (0, 128))
     assert read_image(file_of(half, "PNG")).flatten().tolist() == [127] * 3
-    assert read_image(np.array([[[0, 0, 0, 0]]], np.uint8)).flatten().tolist() == [255] * 3
+    assert read_image(np.array([[[0, 0, 0, 0], [1, 2, 3, 255]]], np.uint8))[:, 0].T.tolist() == [[255] * 3, [1, 2, 3]]
+
+
+def png(width, bits, kind, row, *chunks, height=1):
+    """A PNG file, most of one row; `chunks` are (name, data) and stand before the pixels."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    parts = (b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)), *chunks
+    parts = (*parts, (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        (png(4, 1, 0, b"\x50", (b"tRNS", b"\0\1")), [0, 255, 0, 255]),
+        (png(4, 2, 0, b"\x1b", (b"tRNS", b"\0\1")), [0, 255, 170, 255]),
+        (png(4, 4, 0, b"\x01\x2f", (b"tRNS", b"\0\2")), [0, 17, 255, 255]),
+        (png(2, 8, 0, b"\x05\x06", (b"tRNS", b"\0\5")), [255, 6]),
+        (png(2, 16, 0, b"\x03\xe8\x75\x75", (b"tRNS", b"\x03\xe8")), [255, 117]),
+        (png(2, 8, 2, b"\1\1\1\2\2\2", (b"tRNS", b"\0\1\0\1\0\1")), [255, 2]),
+        (png(2, 16, 2, b"\1\x23" * 3 + b"\2\x34" * 3, (b"tRNS", b"\1\x23" * 3)), [255, 2]),
+        (png(2, 8, 3, b"\0\1", (b"PLTE", bytes(6)), (b"tRNS", b"\0\xff")), [255, 0]),
+        (png(2, 16, 4, b"\7\7\xff\xff\7\7\0\0"), [7, 255]),
+        (png(2, 16, 6, b"\7\7" * 3 + b"\xff\xff" + bytes(8)), [7, 255]),
+        (Image.fromarray(np.array([[[7, 255], [7, 0]]], np.uint8), "LA").convert("La"), [7, 255]),
+        (Image.fromarray(np.array([[[7, 7, 7, 255], [0] * 4]], np.uint8)).quantize(2), [7, 255]),
+    ],
+)
+def test_transparency_is_found_wherever_a_format_keeps_it(source, shown):
+    found = read_picture(source)
+    assert found.image[0, 0].tolist() == shown
+    assert Note("transparent_on_white") in found.notes
+
+
+def bmp_with_alpha(pixels):
+    """A BMP file of 32 bits that declares an alpha channel; pixels are uint8 [H, W, 4]."""
+    height, width = pixels.shape[:2]
+    data = pixels[::-1, :, [2, 1, 0, 3]].tobytes()
+    header = struct.pack("<IiiHHIIiiII4I", 56, width, height, 1, 32, 3, len(data), *[0] * 4,
+                         0xFF0000, 0xFF00, 0xFF, 0xFF000000)  # fmt: skip
+    return struct.pack("<2sIHHI", b"BM", 70 + len(data), 0, 0, 70) + header + data
+
+
+def test_a_picture_that_is_transparent_all_over_shows_its_colours_or_is_refused():
+    clear = np.full((8, 8, 4), (200, 30, 60, 0), np.uint8)
+    image = Image.fromarray(clear)
+    sources = [bmp_with_alpha(clear), clear, torch.from_numpy(clear), image, image.quantize(2)]
+    sources += [file_of(image, "WEBP", lossless=True, exact=True), *(file_of(image, kind) for kind in ("PNG", "TIFF"))]
+    sources += [file_of(image.convert("RGB"), "PNG", transparency=(200, 30, 60))]
+    for source in sources:
+        found = read_picture(source)
+        assert found.image[:, 4, 4].tolist() == [200, 30, 60]
+        assert found.notes == (Note("transparency_ignored"),)
+    for empty in (0 * clear, file_of(Image.new("LA", (8, 8), (0, 0)), "PNG"), image.convert("RGBa")):
+        with pytest.raises(ImageError, match="wholly transparent, and black below"):
+            read_image(empty)
+
+
+def tiff(values, *more, photometric=1, bits=16, kind=1):
+    """A grey TIFF file without compression; `more` are tags of whole numbers as (number, value)."""
+    (height, width), data = values.shape, values.tobytes()
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (277, 1), (278, height)]
+    tags = sorted([*tags, (279, len(data)), (339, kind), *more, (273, 26 + 12 * (len(tags) + len(more) + 3))])
+    entries = b"".join(struct.pack("<HHII", number, 4, 1, value) for number, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(16) + data
+
+
+FOUR, TWELVE = np.full((2, 2), 6425, "<u2"), np.full((2, 2), 4000, "<u2")
+RANGES = [
+    (tiff(FOUR), 25),
+    (tiff(FOUR, photometric=0), 230),
+    (tiff(TWELVE), 16),
+    (tiff(np.frombuffer(bytes.fromhex("fa0fa0" * 2), np.uint8).reshape(2, 3)[:, :2], bits=12) + b"\xfa\0", 249),
+    (tiff(TWELVE, (281, 4095)), 249),
+    (tiff(TWELVE, (281, 4000)), 16),  # the brightest value there is, and not a number of bits
+    (tiff(TWELVE, (281, 1023)), 16),  # cannot be
+    (tiff(np.full((2, 2), 20_000, "<i2"), kind=2), 156),  # of 32,767
+    (tiff(np.full((2, 2), 0.25, "<f4"), bits=32, kind=3), 64),
+    (tiff(np.full((2, 2), 0.25, "<f4"), bits=32, kind=3, photometric=0), 191),
+    (tiff(np.full((2, 2), 200, "<f4"), (341, 255), bits=32, kind=3), 200),
+    (tiff(np.full((2, 2), 200, "<i4"), bits=32, kind=2), 200),
+    (tiff(np.full((2, 2), 200, "<i4"), (281, 65_535), bits=32, kind=2), 1),
+    (tiff(np.full((2, 2), 2**23, "<i4"), (281, 2**24 - 1), bits=32, kind=2), 128),
+    (png(1, 16, 0, b"\x0f\xa0"), 16),
+    (png(1, 16, 0, b"\x0f\xa0", (b"sBIT", b"\x0c")), 249),
+    (png(2, 16, 0, b"\x0f\xa0\xff\xff", (b"sBIT", b"\x0c")), 16),  # scaled already, as the others show
+    (png(1, 16, 2, b"\x0f\xa0" * 3, (b"sBIT", b"\x0c" * 3)), 255),  # of whose 16 bits Pillow leaves 8
+    (png(1, 8, 2, b"\x0f\x0f\x0f", (b"sBIT", b"\x08" * 3)), 15),
+    (b"P5 1 1 4095\n\x0f\xa0", 249),
+]
+
+
+@pytest.mark.parametrize(("content", "value"), RANGES)
+def test_values_are_scaled_from_the_range_that_the_file_tells(content, value):
+    assert read_image(content)[:, 0, 0].tolist() == [value] * 3
+
+
+def test_a_file_that_is_turned_or_very_large_keeps_its_range():
+    for more in ((), ((281, 4095),)):
+        plain = read_image(tiff(TWELVE, *more))
+        assert torch.equal(read_image(tiff(TWELVE, *more, (274, 6))), plain)
+        large = read_picture(tiff(np.full((4001, 3001), 4000, "<u2"), *more))
+        assert large.notes[0] == Note("halved")
+        assert large.image[0, 0, 0] == plain[0, 0, 0]
+
+
+def profile(red, green, blue, gamma=None):
+    """An ICC profile of a screen: the XYZ values (D50) of its colours, and sRGB's curve or a power."""
+
+    def numbers(*values):
+        return struct.pack(f">{len(values)}i", *(round(65_536 * value) for value in values))
+
+    srgb = numbers(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+    curve = b"para\0\0\0\0\0" + (b"\3\0\0" + srgb if gamma is None else b"\0\0\0" + numbers(gamma))
+    white, text = (0.9642, 1, 0.8249), b"desc\0\0\0\0\0\0\0\2x\0" + bytes(78)
+    tags = {b"desc": text, b"cprt": b"text\0\0\0\0x\0\0\0", b"rTRC": curve, b"gTRC": curve, b"bTRC": curve}
+    tags |= {
+        name: b"XYZ \0\0\0\0" + numbers(*xyz)
+        for name, xyz in zip((b"wtpt", b"rXYZ", b"gXYZ", b"bXYZ"), (white, red, green, blue), strict=True)
+    }
+    place, table, data = 132 + 12 * len(tags), b"", b""
+    for name, content in tags.items():
+        table += name + struct.pack(">II", place + len(data), len(content))
+        data += content + bytes(-len(content) % 4)
+    head = struct.pack(">I4sI4s4s4s12x4s28x", place + len(data), b"", 0x02400000, b"mntr", b"RGB ", b"XYZ ", b"acsp")
+    return head + numbers(*white) + bytes(48) + struct.pack(">I", len(tags)) + table + data
+
+
+SRGB = profile((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.7141))
+P3 = profile((0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407))
+COLOUR = Image.new("RGB", (8, 8), (200, 60, 60))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("PNG", {}), ("JPEG", {"quality": 100}), ("TIFF", {}), ("WEBP", {"lossless": True}), ("MPO", {"quality": 100})],
+)
+def test_colours_are_converted_from_their_profile_to_those_of_the_web(kind, options):
+    found = read_picture(file_of(COLOUR, kind, icc_profile=P3, **options))
+    expected = (217, 42, 52)  # by the matrices of CSS Color 4
+    assert np.abs(found.image[:, 4, 4].numpy().astype(int) - expected).max() <= 2
+    assert found.notes == (Note("profile_converted"),)
+    plain, told = (read_picture(file_of(COLOUR, kind, **options, **more)) for more in ({}, {"icc_profile": SRGB}))
+    assert told.notes == plain.notes == ()
+    assert torch.equal(told.image, plain.image)  # bit for bit
+
+
+def test_profiles_reach_every_mode_and_pictures_opened_by_others():
+    expected = read_image(file_of(COLOUR, "PNG", icc_profile=P3))
+    opened = Image.open(io.BytesIO(file_of(COLOUR, "PNG", icc_profile=P3)))
+    for image in (opened, opened.convert("RGBA"), COLOUR.quantize(2)):
+        image.info["icc_profile"] = P3
+        assert torch.equal(read_image(image), expected)
+    linear = profile((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.7141), gamma=1.0)
+    for grey in (Image.new("L", (4, 4), 20), Image.new("I;16", (4, 4), 20 * 257), Image.new("LA", (4, 4), (20, 255))):
+        assert abs(int(read_image(file_of(grey, "PNG", icc_profile=linear))[0, 0, 0]) - 79) <= 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        file_of(COLOUR, "PNG", icc_profile=b"x" * 300),
+        file_of(COLOUR, "JPEG", quality=100, subsampling=0, icc_profile=P3[:200]),
+        file_of(COLOUR, "PNG", icc_profile=P3[:16] + b"GRAY" + P3[20:]),
+        png(1, 8, 2, bytes(COLOUR.getpixel((0, 0))), (b"iCCP", b"x\0\0" + zlib.compress(bytes(20_000_000)))),
+        png(1, 8, 2, bytes(COLOUR.getpixel((0, 0))), (b"gAMA", struct.pack(">I", 100_000))),
+        png(1, 8, 2, bytes(COLOUR.getpixel((0, 0))), (b"cICP", bytes([12, 13, 0, 1]))),
+    ],
+)
+def test_colours_that_cannot_be_converted_are_shown_as_they_are_and_that_is_said(content):
+    found = read_picture(content)
+    assert np.abs(found.image[:, 0, 0].numpy().astype(int) - (200, 60, 60)).max() <= 1
+    assert found.notes == (Note("profile_ignored"),)
+
+
+def test_profiles_that_the_decoder_does_not_hand_out_are_told_of():
+    gif = file_of(COLOUR.quantize(2), "GIF")
+    start = 13 + 3 * 2 ** (1 + (gif[10] & 7))
+    bmp = file_of(COLOUR, "BMP")
+    contents = [
+        gif[:start] + b"\x21\xff\x0bICCRGBG1012\x01x\0" + gif[start:],
+        bmp[:10] + struct.pack("<II", 138, 124) + bmp[18:54] + bytes(16) + b"DEBM" + bytes(64) + bmp[54:],
+    ]
+    if features.check("avif"):
+        contents.append(file_of(COLOUR, "AVIF", quality=100).replace(b"colrnclx\0\1", b"colrnclx\0\x0c"))
+    for content in contents:
+        assert read_picture(content).notes == (Note("profile_ignored"),)
+
+
+def test_a_failing_library_is_not_called_damage(monkeypatch):
+    def fail(self):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "load", fail)
+    with pytest.raises(ImageError, match="too large for the memory there is; make it smaller"):
+        read_image(COLOUR)
 
 
 def test_cmyk_is_read_as_the_colour_it_shows():
@@ -175,7 +373,7 @@ def test_notes_say_what_was_done():
     assert [str(note) for note in squared(moving).notes] == said
     assert squared(moving).image[0].min() > 200  # the red one
     assert str(squared(moving, "pad").notes[1]) == "all of 40 x 20 pixels, with black bars"
-    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 99))
     deep = np.full((8, 8), 40_000, np.uint16)
     for content, codes in (
         (file_of(clear, "PNG"), ["transparent_on_white"]),
@@ -210,16 +408,6 @@ def test_an_error_keeps_its_code_and_values_when_it_travels_to_another_process()
         assert (other.code, other.about, other.values, str(other)) == (*vars(error).values(), str(error))
 
 
-def png_header(width, height):
-    """A PNG of a few bytes that claims to be large."""
-
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
-
-
 def tiff_with_a_huge_tile():
     tags = ((256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (277, 1), (322, 32_000), (323, 32_000))
     tags = (*tags, (324, 8), (325, 10))  # the tile, which nobody may open
@@ -242,7 +430,7 @@ def large_jpeg_2000():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        *((lambda size=size: png_header(*size), "too large.*50,000,000")
+        *((lambda size=size: png(size[0], 8, 2, b"", height=size[1]), "too large.*50,000,000")
           for size in ((7_100, 7_100), (12_000, 12_000), (60_000, 60_000), (2**31 - 1, 1))),
         (tiff_with_a_huge_tile, "a tile of 32,000 x 32,000 pixels is too large"),
         (jpeg_of_many_scans, "scans would take too long; at most 100"),
@@ -282,7 +470,7 @@ def test_refusals_name_the_picture_what_is_wrong_and_what_is_allowed(tmp_path):
         "empty.png: empty, 0 bytes; choose": tmp_path / "empty.png",
         "notes.png: not a picture": str(tmp_path / "notes.png"), "script.eps: not a picture": script,
         "is an address; download": "https://example.org/cat.png", "there is no file ''": "",
-        "no file .*~nosuchuser9": "~nosuchuser9/cat.png", "no file .*a.b": "a\0b",
+        "no file .*~nosuchuser9": "~nosuchuser9/cat.png", "no file .*a.+b": "a\0b",
         "the picture: empty, 0 bytes": b"", "the picture: not a picture that can be read here; use PNG": b"hello",
         "cannot read NoneType": None, "cannot read int": 3, "cannot read dict": {}, "cannot read tuple": (ok, 1),
         "opened as text; open it with": io.StringIO("text"),
@@ -356,6 +544,23 @@ def test_a_truncated_file_is_refused_or_whole_and_never_half_grey(kind, tmp_path
     (tmp_path / f"half.{kind.lower()}").write_bytes(content[: len(content) // 2])
     with pytest.raises(ImageError, match=f"half.{kind.lower()}: "):
         read_image(tmp_path / f"half.{kind.lower()}")
+
+
+def test_damaged_pixels_are_not_taken_for_the_picture():
+    data = bytearray(zlib.compress(b"".join(b"\0" + row.tobytes() for row in picture(300, 300))))
+    data[len(data) // 2 : len(data) // 2 + 40] = 40 * b"\xff"
+    content = png(300, 8, 2, b"", height=300).replace(zlib.compress(b"\0"), b"")
+    damaged = content[: content.index(b"IDAT") - 4] + struct.pack(">I", len(data)) + b"IDAT" + data + bytes(4)
+    for source in (damaged, Image.open(io.BytesIO(damaged))):
+        with pytest.raises(ImageError, match="damaged, incomplete"):
+            read_image(source)
+
+
+def test_a_picture_given_stays_as_it_is():
+    given = Image.new("RGB", (4, 4), (1, 2, 3))
+    given.info |= {"transparency": (1, 2, 4), "icc_profile": P3}
+    assert read_picture(given).notes == (Note("profile_converted"),)
+    assert (given.mode, given.getpixel((0, 0)), set(given.info)) == ("RGB", (1, 2, 3), {"transparency", "icc_profile"})
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cifar_ft.data import CLASSES
-from cifar_ft.models import build_model, predict_logits
+from cifar_ft.models import DeviceError, build_model, predict_logits
 from cifar_ft.predictions import ImageError, Note, Prediction, PredictionError, Predictor
 from cifar_ft.predictions import predictor as module
 from cifar_ft.results import RunError, energy, fit_calibration
@@ -119,6 +120,9 @@ def test_a_bad_picture_in_a_batch_is_named_by_its_position(predictor, samples):
         predictor.predict([b"hello"])
     with pytest.raises(ImageError, match=r"^cannot read int"):
         predictor.predict(3)
+    for one in (np.zeros(5, np.uint8), torch.zeros(5), np.zeros(0)):
+        with pytest.raises(ImageError, match=rf"the picture: shape \[{len(one)}\] is not a picture"):
+            predictor.predict(one)
     for images in (samples.images[0], samples.images[:2], []):
         with pytest.raises(ImageError, match="unknown fit 'squeeze'; choose crop or pad"):
             predictor.predict(images, fit="squeeze")
@@ -161,6 +165,7 @@ def test_a_run_is_rebuilt_to_the_same_answers_in_silence_without_a_network(run_d
 
 
 def test_without_a_path_the_newest_run_is_taken(run_dir, monkeypatch):
+    changed(run_dir / "metrics.json", train_images=45_000, test_images=10_000)
     monkeypatch.setenv("CIFAR_FT_RUNS", str(run_dir.parent))
     assert "smoke-1" in Predictor.from_run().source
     monkeypatch.setenv("CIFAR_FT_RUNS", str(run_dir.parent / "none"))
@@ -259,10 +264,37 @@ def test_a_model_that_is_too_large_or_out_of_range_is_not_shipped(run_dir, tmp_p
     assert target.read_bytes() == b"the one before"
 
 
-def test_newest_run_first_then_the_shipped_model_then_a_clear_error(run_dir, tmp_path, monkeypatch, said):
+def test_the_shipped_model_answers_or_the_run_that_is_named_and_the_log_says_which(run_dir, monkeypatch, said):
+    monkeypatch.setenv("CIFAR_FT_RUNS", str(run_dir.parent))  # the newest run is none of the default's business
+    named = "Predicting with the run smoke-1 (90.0 % [76.9, 96.0] on 40 test images)"
+    for arguments, words in (
+        ((), "the shipped model (recipe cpu"),
+        (("shipped",), "the shipped model"),
+        ((run_dir,), named),
+    ):
+        predictor = Predictor.load(*arguments)
+        assert len(said) == 1
+        assert words in said[0]
+        assert predictor.source in said.pop()
+    assert str(run_dir.parent) not in predictor.source  # which files and pages carry to others
+
+
+def test_a_run_is_named_from_any_folder(run_dir, monkeypatch):
+    monkeypatch.setenv("HOME", str(run_dir.parent.parent))
+    monkeypatch.chdir(run_dir)
+    paths = ("~/runs/smoke-1", ".", "../smoke-1", run_dir)
+    assert {Predictor.from_run(path).source.split(" (")[0] for path in paths} == {"the run smoke-1"}
+
+
+def test_the_newest_run_that_is_no_trial_first_then_the_shipped_model_then_a_clear_error(
+    run_dir, tmp_path, monkeypatch, said
+):
     monkeypatch.setenv("CIFAR_FT_RUNS", str(run_dir.parent))
+    assert "the shipped model" in Predictor.newest_or_shipped().source
+    assert "smoke-1, is a trial" in said[0]
+    changed(run_dir / "metrics.json", train_images=45_000, test_images=10_000)
     assert Predictor.newest_or_shipped().source in said[-1]
-    assert "the run" in said[-1]
+    assert "the run smoke-1" in said[-1]
     assert "the shipped model" in Predictor.newest_or_shipped("shipped").source
     monkeypatch.setenv("CIFAR_FT_RUNS", str(tmp_path / "none"))
     assert "smoke-1" in Predictor.newest_or_shipped(str(run_dir)).source
@@ -291,6 +323,13 @@ def test_a_damaged_calibration_is_refused(predictor, damaged):
         calibrated(predictor, **damaged)
 
 
+@pytest.mark.parametrize("damaged", [[1.5], "1.5", 1.5, {}, True])
+def test_a_runs_calibration_that_is_no_dictionary_is_refused(run_dir, damaged):
+    changed(run_dir / "metrics.json", calibration=damaged)
+    with pytest.raises(PredictionError, match=r"the calibration of the run smoke-1 .* is damaged"):
+        Predictor.from_run(run_dir)
+
+
 def test_probabilities_are_divided_by_the_temperature(predictor, samples):
     logits = predict_logits(predictor.model, samples, eval_transform(predictor.recipe))
     mild = calibrated(predictor, temperature=4.0).predict_proba(samples)
@@ -312,3 +351,18 @@ def test_energy_threshold_leaves_the_stated_share_of_validation_below():
     found = fit_calibration(logits, logits.argmax(1), false_alarms=0.03)
     assert (energy(logits) < found["lowest_energy"]).mean() == pytest.approx(0.03, abs=1e-3)
     assert found["temperature"] < 1  # always right, and never sure enough
+
+
+def test_the_device_is_the_one_that_is_named_or_a_gpu(run_dir, monkeypatch):
+    """Stand-ins: a model is only told where to go."""
+    monkeypatch.delenv("CIFAR_FT_DEVICE", raising=False)
+    placed = []
+    monkeypatch.setattr(module, "_placed", lambda model, device: placed.append(device) or model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for make in (Predictor.shipped, partial(Predictor.from_run, run_dir), Predictor.load, Predictor.newest_or_shipped):
+        make()
+        make(device="cpu")
+        with pytest.raises(DeviceError, match="no device 'cuda' here; choose from auto, mps, cpu"):
+            make(device="cuda")
+    assert placed == [torch.device(name) for name in ("mps", "cpu") * 4]

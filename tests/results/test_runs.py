@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -112,6 +114,41 @@ def test_runs_are_found_newest_first_and_only_when_finished(tmp_path, monkeypatc
     monkeypatch.setenv("CIFAR_FT_RUNS", str(tmp_path))
     assert results.newest_run() == tmp_path / "new"
     assert results.newest_run(tmp_path / "absent") is None
+
+
+def test_the_newest_run_is_no_trial_and_one_that_is_newer_is_named(tmp_path, said):
+    trials = {"whole": {}, "few-trained": {"train_images": 512}, "few-scored": {"test_images": 500}}
+    for age, (name, sizes) in enumerate(trials.items()):
+        file = write_run(tmp_path / name) / "metrics.json"
+        file.write_text(
+            json.dumps({**json.loads(file.read_text()), "train_images": 45_000, "test_images": 10_000, **sizes})
+        )
+        os.utime(file, (1e9 + age, 1e9 + age))
+    assert results.newest_run(tmp_path) == tmp_path / "whole"
+    assert said == ["The newest run, few-scored, is a trial on a part of the images and passed over; name it to use it"]
+    shutil.rmtree(tmp_path / "whole")
+    assert results.newest_run(tmp_path) is None
+    (tmp_path / "few-scored" / "metrics.json").write_text("damaged")  # is not passed over in silence
+    assert results.newest_run(tmp_path) == tmp_path / "few-scored"
+
+
+def test_a_run_is_found_from_any_folder_and_names_no_folder_but_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    write_run(tmp_path / "home" / "my run")
+    run = results.load_run("~/my run")
+    assert run.path == tmp_path / "home" / "my run"
+    monkeypatch.chdir(run.path)
+    assert results.load_run(".").path == run.path
+    assert re.fullmatch(r"the run my run \(\d.* on 200 test images\)", str(run))
+    assert str(results.load_run(results.SHIPPED_RUN)).startswith("the run that comes with the course (9")
+
+
+def test_an_unfinished_run_is_told_with_a_command_that_can_be_typed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (write_run(tmp_path / "my run") / "metrics.json").unlink()
+    with pytest.raises(RunError) as caught:
+        results.load_run(tmp_path / "my run")
+    assert str(caught.value).endswith(f"`python -m cifar_ft train --out '{tmp_path}/my run' --resume`")
 
 
 def test_comparison_averages_seeds_and_names_changed_settings(tmp_path):

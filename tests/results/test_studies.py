@@ -14,7 +14,7 @@ QUESTIONS = {"One?": {"base": "", "other": "lr=0.5"}, "Two?": {"base": "", "thir
 def rows(**accuracies):
     changes = {"base": None, "other": "lr=0.5", "third": "flip=false"}
     found = [
-        {"changes": changes[name], "seed": seed, "val_accuracy": value, "minutes": 1.0}
+        {"changes": changes[name], "seed": seed, "val_accuracy": value, "train_accuracy": 1.1 * value, "minutes": 1.0}
         for name, values in accuracies.items()
         for seed, value in enumerate(values)
     ]
@@ -28,6 +28,7 @@ def test_a_difference_is_told_from_the_spread_of_seeds():
     other, third = found.loc["other"], found.loc["third"]
     assert (other["mean"], other["std"], other.seeds) == (pytest.approx(0.71), pytest.approx(0.01), 3)
     assert other.difference == pytest.approx(-0.10)
+    assert other.train == pytest.approx(1.1 * 0.71)
     pooled = ((0.01**2 + 0.01**2 + 0.02**2) / 3) ** 0.5
     assert other.standard_error == pytest.approx((2 * pooled**2 / 3) ** 0.5)  # three seeds may agree by chance
     assert third.standard_error == pytest.approx(((pooled**2 + 0.02**2) / 3) ** 0.5)
@@ -49,7 +50,9 @@ def test_redrawn_runs_stand_beside_the_published_log_after_as_many_epochs(tmp_pa
     curves = {"reference_b64": [0.6, 0.8], "reference_b32": [0.5, 0.7], "something_else": [0.1, 0.1]}
     for name, curve in curves.items():
         (tmp_path / name).mkdir()
-        frame = pd.DataFrame({"epoch": [1, 2], "test_accuracy": curve, "test_loss": 0.5, "train_accuracy": 0.75})
+        frame = pd.DataFrame(
+            {"epoch": [1, 2], "test_accuracy": curve, "test_loss": 0.5, "train_accuracy": 0.75, "lr": [0.01, 0.005]}
+        )
         frame.to_csv(tmp_path / name / "history.csv", index=False)
         metrics = {"epochs": 2, "test_accuracy": curve[-1], "test_accuracy_ci95": [0.7, 0.9], "train_seconds": 600}
         (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
@@ -58,6 +61,7 @@ def test_redrawn_runs_stand_beside_the_published_log_after_as_many_epochs(tmp_pa
     assert table.index[0] == results.REDRAWN["reference_b32"][2]  # the published settings come first
     assert (first["first_epoch"], first["test_accuracy"], first["minutes"]) == (0.5, 0.7, 10)
     assert (second["test_accuracy"], second["low"], second["train_accuracy"]) == (0.8, 0.7, 0.75)
+    assert (second["last_lr"], pd.isna(published["last_lr"])) == (0.005, True)
     assert (published["epochs"], published["first_epoch"], published["test_accuracy"]) == (2, 0.696, 0.782)
     assert published["low"] < 0.782 < published["high"]
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import quote, urlsplit
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from cifar_ft.course import CourseError
-from tools.badges import END, FOLDER, ROOT, START, read_address, rewrite_badges, setup_cell
+from tools.badges import END, FOLDER, ROOT, START, TO_DO, read_address, rewrite_badges, setup_cell, web_address
+
+UNSET = "https://run-make-badges.invalid/cifar-ft"
 
 
 def test_badges_and_setup_cells_are_in_step_with_pyproject(tmp_path):
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "CITATION.cff"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
     assert rewrite_badges(tmp_path) == []
@@ -31,28 +36,125 @@ def write(root: Path, name: str, *tags: str) -> None:
 def root(tmp_path):
     """A checkout with a README and one notebook."""
     (tmp_path / "notebooks").mkdir()
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for name in ("pyproject.toml", "CITATION.cff"):
+        unset = (ROOT / name).read_text("utf-8").replace(read_address().repository, UNSET)
+        (tmp_path / name).write_text(unset, "utf-8")
     (tmp_path / "README.md").write_text(f"# Title\n\n{START}\n{END}\n\nText.\n")
     write(tmp_path, "01_a.ipynb", "setup")
     return tmp_path
 
 
-def test_a_new_address_reaches_readme_and_notebooks(root):
-    text = (root / "pyproject.toml").read_text("utf-8")
-    text = text.replace(read_address().repository, "https://github.com/ada/course")
-    (root / "pyproject.toml").write_text(text.replace('ref = "main"', 'ref = "v9"'), "utf-8")
+def texts(root: Path) -> dict[str, str]:
+    return {
+        path.name: path.read_text("utf-8") for path in root.rglob("*") if path.is_file() and ".git" not in path.parts
+    }
+
+
+def origin(root: Path, address: str) -> None:
+    for command in (["init", "-q"], ["remote", "add", "origin", address]):
+        subprocess.run(["git", "-C", str(root), *command], check=True)
+
+
+def test_nobody_s_name_stands_in_the_committed_files():
+    """An address that nobody is known to own would run code of whoever registers it."""
+    address = read_address()
+    assert urlsplit(address.repository).hostname.endswith(".invalid") or web_address(address.repository)
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    committed = [ROOT / name for name in listed if name.endswith((".md", ".ipynb", ".toml", ".cff", ".yml"))]
+    assert [path.name for path in committed if "github.com/cifar-ft" in path.read_text("utf-8")] == []
+
+
+def test_without_an_address_nothing_leads_anywhere_and_a_line_says_what_to_do(root):
     assert {path.name for path in rewrite_badges(root)} == {"README.md", "01_a.ipynb"}
     assert rewrite_badges(root) == []
-    readme = (root / "README.md").read_text("utf-8")
-    assert "mybinder.org/v2/gh/ada/course/v9" in readme
-    assert readme.startswith("# Title\n\n<!--")
-    assert readme.endswith("-->\n\nText.\n")
     title, setup = nbformat.read(root / "notebooks" / "01_a.ipynb", 4).cells
+    assert title.source.split("\n\n")[1] == TO_DO  # a comment: whoever reads the notebook sees nothing of it
+    assert "`make badges` has written its address" in setup.source
+    assert f'"{UNSET}"' in setup.source
+    found = re.findall(r"https?://[^\s\"')]+", texts(root)["README.md"] + title.source + setup.source)
+    assert {urlsplit(address).hostname for address in found} == {"img.shields.io", "run-make-badges.invalid"}
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["as an argument", "as the remote"])
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("https://github.com/ada/course", "https://github.com/ada/course"),
+        ("https://github.com/ada/course.git", "https://github.com/ada/course"),
+        ("https://github.com/ada/course/", "https://github.com/ada/course"),
+        ("https://ada:secret@github.com/ada/course.git", "https://github.com/ada/course"),
+        ("git@github.com:ada/course.git", "https://github.com/ada/course"),
+        ("git@github.com:ada/course", "https://github.com/ada/course"),
+        ("ssh://git@github.com/ada/course.git", "https://github.com/ada/course"),
+        ("ssh://git@ssh.github.com:443/ada/course.git", "https://github.com/ada/course"),
+        ("git://github.com/ada/course.git", "https://github.com/ada/course"),
+        ("git@gitlab.com:group/sub/course.git", "https://gitlab.com/group/sub/course"),
+        ("https://gitlab.com/group/sub/course.git", "https://gitlab.com/group/sub/course"),
+        ("http://git.example:3000/ada/course", "http://git.example:3000/ada/course"),
+    ],
+)
+def test_an_address_as_git_has_it_reaches_every_file_once(root, text, address, given):
+    if not given:
+        origin(root, text)
+    changed = rewrite_badges(root, text if given else "")
+    assert {path.name for path in changed} == {"pyproject.toml", "CITATION.cff", "README.md", "01_a.ipynb"}
+    assert rewrite_badges(root) == []  # from then on it is kept
+    assert read_address(root).repository == address
+    found = texts(root)
+    assert f"repository-code: {address}\n" in found["CITATION.cff"]
+    assert not [name for name, content in found.items() if ".invalid" in content or "secret" in content]
+    title, setup = nbformat.read(root / "notebooks" / "01_a.ipynb", 4).cells
+    assert f'"main", "{address}", "course"]' in setup.source
     head, line, rest = title.source.split("\n\n")
     assert (head, rest) == ("# A title", "You will learn.")
-    assert "colab.research.google.com/github/ada/course/blob/v9/notebooks/01_a.ipynb" in line
-    assert "urlpath=lab%2Ftree%2Fnotebooks%2F01_a.ipynb" in line
-    assert '"v9", "https://github.com/ada/course"' in setup.source
+    if "github" in address:
+        assert "(https://colab.research.google.com/github/ada/course/blob/main/notebooks/01_a.ipynb)" in line
+        assert "(https://mybinder.org/v2/gh/ada/course/main?urlpath=lab%2Ftree%2Fnotebooks%2F01_a.ipynb)" in line
+        assert "https://github.com/ada/course/actions/workflows/tests.yml" in found["README.md"]
+    else:
+        assert f"(https://mybinder.org/v2/git/{quote(address, safe='')}/main?urlpath=lab%2F" in line
+        assert "colab.research" not in line + found["README.md"]  # which opens nothing but GitHub
+        assert "actions/workflows" not in found["README.md"]
+    assert found["README.md"].startswith("# Title\n\n<!--")
+    assert found["README.md"].endswith("-->\n\nText.\n")
+
+
+def test_an_address_can_be_changed_and_the_release_too(root):
+    origin(root, "git@github.com:ada/course.git")
+    rewrite_badges(root)
+    subprocess.run(["git", "-C", str(root), "remote", "set-url", "origin", "git@github.com:bob/fork.git"], check=True)
+    project = root / "pyproject.toml"
+    project.write_text(project.read_text("utf-8").replace('ref = "main"', 'ref = "v9"'), "utf-8")
+    rewrite_badges(root)
+    assert not [name for name, content in texts(root).items() if "ada/course" in content]
+    assert "mybinder.org/v2/gh/bob/fork/v9" in texts(root)["README.md"]
+    assert '"v9", "https://github.com/bob/fork"' in setup_cell(read_address(root))
+
+
+LOCAL = ("/srv/git/course.git", "../course", "file:///srv/a/course", "C:\\git\\course", "C:/git/course", "x")
+INCOMPLETE = ("git@work:ada/course.git", "https://github.com/ada", "https://[::1/a/b")
+UNSAFE = ('https://github.com/ada/"+x+"', "https://github.com/ada/../b")
+
+
+@pytest.mark.parametrize("text", [*LOCAL, *INCOMPLETE, *UNSAFE])
+def test_what_is_no_web_address_is_no_address(root, text):
+    assert web_address(text) == ""
+    origin(root, text)
+    rewrite_badges(root)
+    assert read_address(root).repository == UNSET
+    before = texts(root)
+    with pytest.raises(CourseError, match=r"is no address; give one such as https://github\.com/OWNER/NAME"):
+        rewrite_badges(root, text)
+    assert texts(root) == before
+
+
+def test_the_remote_of_a_repository_further_up_is_not_taken(root):
+    (root / "inner").mkdir()
+    for name in ("pyproject.toml", "CITATION.cff", "README.md", "notebooks"):
+        shutil.move(root / name, root / "inner")
+    origin(root, "https://github.com/ada/everything")
+    rewrite_badges(root / "inner")
+    assert read_address(root / "inner").repository == UNSET
 
 
 def test_a_file_without_a_place_is_named_and_nothing_is_written(root):

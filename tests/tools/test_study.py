@@ -65,9 +65,8 @@ def test_a_try_is_scored_on_validation_and_logged(small_data, tmp_path, monkeypa
         append_row(file, {"other": 1})
     assert read_rows(file) == rows
     monkeypatch.setattr(study, "try_recipe", lambda recipe, data: {"val_accuracy": 0.5, "minutes": 0.1})
-    done = CliRunner().invoke(
-        study.app, ["try", "--set", "weights=/home/ada/r50.pth", "--out", str(tmp_path / "b.csv")]
-    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = CliRunner().invoke(study.app, ["try", "--set", "weights=/home/ada/r50.pth", "--out=~/b.csv"])
     assert [row["changes"] for row in read_rows(tmp_path / "b.csv")] == ["weights=r50.pth"], done.exception
 
 
@@ -90,6 +89,45 @@ def test_ablations_resume_where_they_were_stopped(small_data, tmp_path, monkeypa
     assert asked[4:] == [(0.001, True, 1), (0.5, True, 1), (0.001, False, 1)]
     rows = read_rows(file)
     assert len({(row["changes"], row["seed"]) for row in rows}) == len(rows) == 6
+
+
+@pytest.mark.parametrize("name", ["smoke", "quick", "cpu", "modern"])
+def test_every_recipe_with_validation_can_be_tried(small_data, monkeypatch, name):
+    """Whatever part of the test set a recipe asks for: it is not handed out."""
+    tiny = "backbone=resnet18 weights=none last_stage=1 image_size=16 epochs=1 train_sizes= freeze=none train_images=40"
+    tiny += " val_images=none precision=fp32 ema_decay=0"
+    found = try_recipe(get_recipe(name, tiny), small_data)
+    assert 0 <= found["val_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("name", ["speedrun", "reference_b32"])
+def test_a_recipe_without_validation_cannot_be_tried_and_is_told_how(monkeypatch, tmp_path, name):
+    monkeypatch.setattr(study, "load_cifar10", lambda: 1 / 0)
+    done = CliRunner().invoke(study.app, ["try", "--recipe", name, "--out", str(tmp_path / "search.csv")])
+    assert done.exit_code == 2
+    assert "--set validation=true" in " ".join(done.output.replace("│", " ").split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_at_once_share_the_ablations(small_data, tmp_path, monkeypatch):
+    """Neither trains what the other has trained or is at."""
+    asked, both = [], threading.Barrier(2, timeout=60)
+
+    def fake(recipe, data):
+        asked.append((recipe.lr, recipe.seed))
+        if len(asked) <= 2:
+            both.wait()  # each has begun one
+        return {"val_accuracy": 0.5, "minutes": 0.1}
+
+    monkeypatch.setattr(study, "try_recipe", fake)
+    monkeypatch.setattr(results, "variants", lambda: ["", "lr=0.5", "lr=0.1"])
+    file = tmp_path / "ablations.csv"
+    workers = [threading.Thread(target=run_ablations, args=(small_data, file, (0, 1))) for _ in "ab"]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert len(asked) == len(set(asked)) == len(read_rows(file)) == 6
 
 
 def test_several_may_append_to_a_table_at_once(tmp_path):
@@ -120,7 +158,7 @@ def test_the_published_recipe_is_redrawn_without_weights_or_paths(small_data, tm
     assert json.loads((out / "config.json").read_text())["weights"]["source"] == "the file weights.safetensors"
     rows = pd.read_csv(out / "history.csv")
     assert rows.test_accuracy.notna().all()  # logged each epoch, as the publication did
-    assert rows.lr.tolist() == [0.01, 0.005]  # decays to zero within the run
+    assert rows.lr.tolist() == [0.01, 0.005]  # a cosine over the run, one stair an epoch
     again = redraw("one", small_data, out, **settings)
     assert again.metrics == run.metrics  # a finished run is not repeated
     assert results.newest_run() is None  # nor do predictions take it for the user's newest model

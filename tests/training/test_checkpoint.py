@@ -9,12 +9,16 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import Crash, interrupted, raise_, recipe, same_run
+from safetensors.torch import save_file
+from tiny_runs import Crash, interrupted, raise_, recipe, same_run, weights
 
+from cifar_ft import CifarFtError
 from cifar_ft.files import FileError
+from cifar_ft.models import create_backbone
 from cifar_ft.training import (
     RunDirectory,
     TrainingError,
@@ -42,6 +46,38 @@ def test_a_checkpoint_survives_the_round_trip(tmp_path):
 
 def test_only_the_two_newest_checkpoints_are_kept(whole):
     assert places(whole) == ["epoch-00001-step-0000005", "epoch-00002-step-0000000"]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2, 5])
+def test_damaged_checkpoints_go_first_and_the_one_just_written_never(tmp_path, ahead):
+    folder, mine = tmp_path / "run" / "checkpoint", tmp_path / "run" / "checkpoint" / "epoch-best-of-mine.pt"
+    with RunDirectory(tmp_path / "run") as directory:
+        directory.write_json("config.json", {"recipe": {}, "weights": {}})
+        directory.save_checkpoint(1, 2, {"step": 2})
+        directory.save_checkpoint(1, 9, {"step": 9})
+    directory.checkpoints()[0].write_bytes(b"damaged")
+    for step in range(ahead):  # of a branch that was left, on a disk that fails
+        (folder / f"epoch-00007-step-{step:07d}-{step:016x}.pt").write_bytes(b"damaged")
+    mine.write_bytes(b"mine")
+    with RunDirectory(tmp_path / "run") as directory:
+        assert directory.load_checkpoint() == {"step": 2}
+        for step, kept in [(3, {2, 3}), (4, {3, 4}), (4, {4}), (1, {1, 4})]:  # the same step again, and an earlier one
+            directory.save_checkpoint(1, step, {"step": step, "seconds": len(kept)})
+            files = directory.checkpoints()
+            assert {torch.load(file)["step"] for file in files} == kept
+            assert len(files) == 2
+    assert mine.read_bytes() == b"mine"
+
+
+def test_a_checkpoint_that_cannot_be_removed_does_not_end_training(tmp_path, monkeypatch, said):
+    with RunDirectory(tmp_path / "run") as directory:
+        for step in (1, 2):
+            directory.save_checkpoint(1, step, {"step": step})
+        monkeypatch.setattr(Path, "unlink", lambda *_, **__: raise_(PermissionError(errno.EACCES, "Permission denied")))
+        directory.save_checkpoint(1, 3, {"step": 3})
+        assert "cannot be removed (Permission denied)" in said[-1]
+        assert directory.load_checkpoint() == {"step": 3}
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
@@ -120,7 +156,6 @@ def test_resume_of_another_run_is_refused_with_the_difference(
         ("code", "training/loop.py", "0123", r"code.training/loop.py: '0123' then, '\w{12}' now"),
         ("versions", "torch", "2.0.0", r"versions.torch: '2.0.0' then, '[\w.+]+' now"),
         ("versions", "cifar_ft", "0.0.1", r"versions.cifar_ft: '0.0.1' then"),
-        ("weights", "sha256", "abc", r"weights.sha256: 'abc' then, None now"),
     ],
 )
 def test_resume_with_other_code_is_refused_with_the_difference(whole, small_data, tmp_path, part, key, value, words):
@@ -130,12 +165,98 @@ def test_resume_with_other_code_is_refused_with_the_difference(whole, small_data
     path = tmp_path / "run"
     path.mkdir()
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(TrainingError, match=f"cannot resume .*{words}.*start anew in another folder"):
+    with pytest.raises(TrainingError, match=f"cannot resume .*{words}.*--accept-changes.*start anew in another folder"):
         fit(recipe(), small_data, path, resume=True)
     (path / "metrics.json").write_text((whole / "metrics.json").read_text())
     for name in ("history.csv", "test_logits.npz"):
         shutil.copy(whole / name, path)
     assert fit(recipe(), small_data, path, resume=True).accuracy  # a finished run is only loaded
+
+
+def test_changes_that_are_accepted_are_said_and_stored_and_then_are_the_runs_own(
+    whole, small_data, tmp_path, monkeypatch, said
+):
+    path = tmp_path / "run"
+    interrupted(monkeypatch, small_data, path, 3)
+    config = json.loads((path / "config.json").read_text())
+    now = {part: dict(config[part]) for part in ("code", "versions")}
+    config["code"]["training/loop.py"], config["versions"]["torch"] = "0123", "2.0.0"
+    (path / "config.json").write_text(json.dumps(config))
+    interrupted(monkeypatch, small_data, path, 1, resume=True, accept_changes=True)
+    (line,) = [line for line in said if line.startswith("Resuming with changes, which config.json tells: ")]
+    assert "code.training/loop.py: '0123' then" in line
+    assert "versions.torch: '2.0.0' then" in line
+    stored = json.loads((path / "config.json").read_text())
+    assert {part: stored[part] for part in now} == now
+    assert stored["before"] == [{part: config[part] for part in now}]
+    fit(recipe(), small_data, path, resume=True)  # nobody need accept it again
+    same_run(whole, path)
+    with pytest.raises(TrainingError, match=r"recipe.lr: 0.05 then, 0.5 now"):  # another run stays another run
+        fit(recipe(lr=0.5), small_data, path, resume=True, accept_changes=True)
+
+
+def test_a_checkpoint_that_other_code_cannot_use_is_a_clear_error(small_data, tmp_path, monkeypatch):
+    interrupted(monkeypatch, small_data, tmp_path / "run", 3)
+    with RunDirectory(tmp_path / "run") as directory:
+        state = directory.load_checkpoint()
+        del state["model"]["fc.weight"]
+        directory.save_checkpoint(1, 5, state)
+    with pytest.raises(TrainingError, match=r"the checkpoint does not fit this code \(.*fc.weight.*\); resume it with"):
+        fit(recipe(), small_data, tmp_path / "run", resume=True)
+
+
+@pytest.fixture
+def weights_file(tmp_path):
+    path = tmp_path / "disk" / "r18.safetensors"
+    path.parent.mkdir()
+    save_file(
+        {name: value for name, value in create_backbone("resnet18").state_dict().items() if "fc" not in name}, path
+    )
+    return path
+
+
+@pytest.mark.parametrize("backbone", ["auto", "resnet18"])
+def test_a_run_is_resumed_without_the_file_that_it_started_from(
+    small_data, tmp_path, monkeypatch, weights_file, backbone, said
+):
+    """Weights and data are known by their digests; where they lie may change, and weights may be gone."""
+    settings = {"weights": str(weights_file), "backbone": backbone, "last_stage": None, "epochs": 1}
+    fit(recipe(**settings), small_data, tmp_path / "whole")
+    interrupted(monkeypatch, small_data, tmp_path / "run", 2, **settings)
+    shutil.copytree(tmp_path / "run", tmp_path / "moved")
+    there = weights_file.rename(tmp_path / "there.safetensors")
+    fit(recipe(**settings), replace(small_data, source="another disk"), tmp_path / "run", resume=True)
+    same_run(tmp_path / "whole", tmp_path / "run")
+    assert fit(recipe(**settings), small_data, tmp_path / "run", resume=True).accuracy  # a finished one too
+    fit(recipe(**{**settings, "weights": str(there)}), small_data, tmp_path / "moved", resume=True)
+    assert weights(tmp_path / "moved").keys() == weights(tmp_path / "whole").keys()
+    assert sum("Model: resnet18, weights r18.safetensors" in line for line in said) == 4
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("other", ["other.safetensors", "gone.safetensors", "none", "imagenet"])
+def test_other_weights_make_another_run(small_data, tmp_path, monkeypatch, weights_file, other, finished):
+    settings = {"weights": str(weights_file), "last_stage": None, "epochs": 1}
+    if finished:
+        fit(recipe(**settings), small_data, tmp_path / "run")
+    else:
+        interrupted(monkeypatch, small_data, tmp_path / "run", 2, **settings)
+    save_file({"conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "other.safetensors")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fit_file, "build_model", lambda *arguments: raise_(Crash()))
+    with pytest.raises(TrainingError, match=r"(recipe.weights|weights.sha256): '.*' then, '.*' now"):
+        fit(recipe(**{**settings, "weights": other}), small_data, tmp_path / "run", resume=True)
+
+
+def test_without_a_checkpoint_the_file_is_needed_wherever_it_lies(
+    small_data, tmp_path, monkeypatch, weights_file, said
+):
+    settings, path = {"weights": str(weights_file), "last_stage": None, "epochs": 1}, tmp_path / "run"
+    interrupted(monkeypatch, small_data, path, 1, **settings)
+    shutil.rmtree(path / "checkpoint")
+    settings["weights"] = str(weights_file.rename(tmp_path / "there.safetensors"))
+    fit(recipe(**settings), small_data, path, resume=True)
+    assert "There is no checkpoint yet: starting from the beginning" in said
 
 
 def test_a_damaged_config_is_a_clear_error(whole, small_data, tmp_path):
@@ -166,6 +287,64 @@ def test_a_full_disk_is_a_clear_error_and_earlier_checkpoints_stay_whole(
     fit(recipe(), small_data, path, resume=True)
     assert "Resuming after epoch 0, step 3" in said
     same_run(whole, path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "history.csv",
+        "config.json",
+        "notes.txt",
+        "checkpoint/epoch-00001-step-0000001-abc.pt",
+        "a/b",
+    ],
+)
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_that_is_no_runs_is_not_written_into(small_data, tmp_path, name, resume):
+    path = tmp_path / "mine"
+    file, hidden = path / name, path / "below" / ".letter.odt.12.part"
+    for each in (file, hidden, path / ".draft.part"):
+        each.parent.mkdir(parents=True, exist_ok=True)
+        each.write_text('{"model_type": "bert"}')
+    before = sorted(path.rglob("*"))
+    with pytest.raises(TrainingError, match=r"mine is no run folder and not empty \(.*\); choose another") as caught:
+        fit(recipe(), small_data, path, resume=resume)
+    assert caught.value.wrong_argument
+    assert sorted(path.rglob("*")) == before
+    assert all(each.read_text() == '{"model_type": "bert"}' for each in before if each.is_file())
+
+
+def test_only_what_a_killed_run_has_left_is_removed(small_data, tmp_path):
+    """A folder that is empty but for hidden files may be used."""
+    path = tmp_path / "run"
+    (path / "checkpoint").mkdir(parents=True)
+    (path / "below").mkdir()
+    left = ["config.json", "checkpoint/epoch-00001-step-0000002-0123456789abcdef.pt", "test_logits.npz", "history.csv"]
+    left = [(path / name).with_name(f".{Path(name).name}.4711.part") for name in left]
+    others = [".letter.odt.12.part", ".config.json.part", ".x.part", "below/.config.json.12.part", ".gitignore"]
+    others = [path / name for name in others]
+    for file in (*left, *others):
+        file.write_text("left")
+    (path / "config.json").write_text(json.dumps({"recipe": {}, "weights": {}}))
+    with RunDirectory(path):
+        pass
+    assert not any(file.exists() for file in left)
+    assert all(file.read_text() == "left" for file in others)
+    new = tmp_path / "new"
+    new.mkdir()
+    (new / ".DS_Store").write_text("hidden")
+    assert fit(recipe(epochs=1, checkpoint_steps=0), small_data, new)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_fails_before_it_begins_leaves_no_folder(small_data, tmp_path, there):
+    path = tmp_path / "runs" / "run"
+    if there:
+        path.mkdir(parents=True)
+    with pytest.raises(CifarFtError, match="no file of this name"):
+        fit(recipe(weights="/no/such/file.pt"), small_data, path)
+    assert list(tmp_path.rglob("*")) == ([path.parent, path] if there else [])
 
 
 def test_an_impossible_folder_is_refused_before_any_training(small_data, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Several processes, really started: one result, each image once, one folder, resumable."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,12 +11,14 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from tiny_runs import recipe
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from tiny_runs import raise_, recipe, same_run
 from torch import nn
 
 from cifar_ft import models
 from cifar_ft.results import load_run
-from cifar_ft.training import distributed
+from cifar_ft.training import TrainingError, distributed, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -139,3 +142,61 @@ def test_frozen_batchnorm_trains_weights_and_keeps_statistics():
     model(torch.randn(4, 3, 32, 32)).sum().backward()
     assert all(torch.equal(before[name], value) for name, value in model.named_buffers())
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two GPUs that are not there, and an Accelerate that starts anew."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    yield taken
+    monkeypatch.undo()
+    distributed.start_processes("cpu")
+
+
+def test_each_run_gets_the_device_it_asks_for(gpus):
+    names = ["cuda:1", "cpu", "cuda", "auto", "cuda:0", "cpu"]
+    devices = [torch.device(name.replace("auto", "cuda")) for name in names]
+    assert [distributed.start_processes(name).device for name in names] == devices
+    assert gpus == [torch.device("cuda:1"), torch.device("cuda:0")]  # else PyTorch's current one
+
+
+def test_several_processes_cannot_share_a_gpu(gpus, monkeypatch):
+    state = SimpleNamespace(num_processes=2, is_main_process=True, device=torch.device("cuda:0"))
+    monkeypatch.setattr(distributed, "PartialState", lambda **_: state)
+    assert distributed.start_processes("cuda").device == torch.device("cuda:0")  # its own
+    with pytest.raises(models.DeviceError, match="cuda:1 is one GPU for several processes; use device=cuda and set"):
+        distributed.start_processes("cuda:1")
+
+
+def test_an_error_of_the_main_process_ends_the_others_in_silence(monkeypatch):
+    sent = []
+    monkeypatch.setattr(distributed, "broadcast_object_list", lambda values: sent.append(values) or sent[0])
+    main, other = SimpleNamespace(is_main_process=True), SimpleNamespace(is_main_process=False)
+    assert [distributed.on_main(each, lambda: "result") for each in (main, other)] == ["result"] * 2
+    sent.clear()
+    with pytest.raises(TrainingError, match="in use"):
+        distributed.on_main(main, lambda: raise_(TrainingError("the folder is in use")))
+    with pytest.raises(SystemExit, match="1"):
+        distributed.on_main(other, lambda: raise_(AssertionError("never called")))
+
+
+SETTINGS = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_DYNAMO_BACKEND": "EAGER",
+    "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_USE_MEGATRON_LM": "true", "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "ACCELERATE_TORCH_DEVICE": "meta", "ACCELERATE_USE_SAGEMAKER": "true", "ACCELERATE_DOWNCAST_BF16": "yes",
+    "ACCELERATE_DYNAMO_MODE": "max-autotune", "ACCELERATE_USE_CPU": "false",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_no_setting_of_accelerates_decides_a_run(whole, small_data, tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, SETTINGS[name])
+    for state in (AcceleratorState, PartialState):
+        state._reset_state()
+    fit(recipe(), small_data, tmp_path / "run")
+    same_run(whole, tmp_path / "run")
+    assert os.environ[name] == SETTINGS[name]  # for whatever else runs in this process

@@ -1,6 +1,7 @@
 """Faults in the middle of training: short memory, a loss that diverges, and a stop that is asked for."""
 
 import importlib
+import itertools
 import math
 import os
 import signal
@@ -17,7 +18,7 @@ from tiny_runs import interrupted, recipe, same_run, weights
 from cifar_ft import models, transforms
 from cifar_ft.data import Split, TrainLoader
 from cifar_ft.results import load_run
-from cifar_ft.training import Plan, TrainingError, fit, loop
+from cifar_ft.training import Plan, TrainingError, distributed, fit, loop
 from cifar_ft.training.faults import StopRequest, check_loss
 from cifar_ft.training.state import Training
 
@@ -69,6 +70,103 @@ def test_memory_for_less_than_two_images_ends_training_with_advice(small_data, t
     with pytest.raises(TrainingError, match=r"out of memory with only 3 images at a time; use a smaller image_size"):
         fit(recipe(), small_data, tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("when", ["validation", "the end"])
+def test_short_memory_in_evaluation_evaluates_fewer_images_at_a_time(
+    whole, small_data, tmp_path, monkeypatch, when, said
+):
+    out_of_memory_in_evaluation(monkeypatch, 6, {"validation": 1, "the end": 3}[when])
+    run = fit(recipe(), small_data, tmp_path / "run")
+    np.testing.assert_allclose(run.logits, load_run(whole).logits, rtol=1e-4, atol=1e-4)
+    assert "Out of memory in evaluation: from now on 5 images at a time" in said
+    for name, values in weights(whole).items():
+        assert torch.equal(weights(run.path)[name], values)
+
+
+def out_of_memory_in_evaluation(monkeypatch, images, nth):
+    """From the nth evaluation of a split on, the model's first layer sees no more than so many images."""
+    build, predict, count = models.build_model, models.predict_logits, itertools.count(1)
+    state = {"short": False}
+
+    def build_small(*arguments):
+        model = build(*arguments)
+        model.conv1.register_forward_pre_hook(check)
+        return model
+
+    def check(layer, inputs):
+        if state["short"] and not layer.training and len(inputs[0]) > images:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def spy(*arguments, **options):
+        state["short"] = next(count) >= nth
+        return predict(*arguments, **options)
+
+    monkeypatch.setattr(fit_file, "build_model", build_small)
+    monkeypatch.setattr(distributed, "predict_logits", spy)
+
+
+@pytest.mark.parametrize("checkpoint_steps", [0, 2])
+@pytest.mark.parametrize("nth", [1, 2, 3, 4])
+def test_an_epoch_is_saved_before_it_is_scored(whole, small_data, tmp_path, monkeypatch, said, nth, checkpoint_steps):
+    predict, count = models.predict_logits, itertools.count(1)
+
+    def killed(*arguments, **options):
+        if next(count) == nth:
+            raise SystemExit("killed, for want of memory")
+        return predict(*arguments, **options)
+
+    mine = recipe(checkpoint_steps=checkpoint_steps)
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "predict_logits", killed)
+        with pytest.raises(SystemExit):
+            fit(mine, small_data, tmp_path / "run")
+    fit(mine, small_data, tmp_path / "run", resume=True)
+    place = {1: "epoch 0, step 5", 2: "epoch 1, step 5"}.get(nth, "epoch 2, step 0")
+    assert f"Resuming after {place}" in said
+    same_run(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_short_memory_in_the_optimisers_step_is_a_step_in_micro_batches(
+    small_data, tmp_path, monkeypatch, optimizer, steps, said
+):
+    """Its own tensors are made in its first step."""
+    mine = recipe(optimizer=optimizer, lr=0.001, freeze_batchnorm=True, ema_decay=0.0, checkpoint_steps=0)
+    fit(mine, small_data, tmp_path / "whole")
+    kind, count = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer], itertools.count(1)
+    step = kind.step
+    monkeypatch.setattr(kind, "step", lambda self, *rest: step(self, *rest) if next(count) > steps else out_of_memory())
+    fit(mine, small_data, tmp_path / "parts")
+    assert sum("Out of memory" in line for line in said) == steps
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def out_of_memory():
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("where", ["step", "average", "save"])
+def test_a_step_that_has_moved_weights_is_not_computed_again(small_data, tmp_path, monkeypatch, where):
+    def moved_then_fails(self, *rest):
+        with torch.no_grad():
+            for weight in self.param_groups[0]["params"]:  # the first group is done
+                weight.add_(1)
+        out_of_memory()
+
+    if where == "step":
+        monkeypatch.setattr(torch.optim.SGD, "step", moved_then_fails)
+    elif where == "average":
+        monkeypatch.setattr(loop, "move_average", lambda *arguments: out_of_memory())
+    else:
+        monkeypatch.setattr(fit_file, "save", lambda *arguments: out_of_memory())
+    with pytest.raises(
+        TrainingError, match=r"out of memory while the weights were moved or saved, in epoch 1; free so"
+    ):
+        fit(recipe(), small_data, tmp_path / "run")
 
 
 def test_another_error_of_the_model_is_not_taken_for_short_memory(small_data, tmp_path, monkeypatch):
@@ -213,6 +311,17 @@ def test_a_stop_is_saved_and_resumed_as_if_never_stopped(small_data, tmp_path, m
     fit(mine, small_data, tmp_path / "my run", resume=True)
     assert any(line.startswith("Resuming after epoch") for line in said)
     same_run(tmp_path / "whole", tmp_path / "my run")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system sends no such signals")
+def test_a_stop_is_saved_also_where_nothing_can_be_printed(small_data, tmp_path, monkeypatch):
+    """As in the middle of a print, where Python refuses another one."""
+    stop_after(monkeypatch, 3)
+    reentrant = RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
+    monkeypatch.setattr("builtins.print", lambda *_, **__: (_ for _ in ()).throw(reentrant))
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe(checkpoint_steps=0), small_data, tmp_path / "run")
+    assert [file.name[:23] for file in (tmp_path / "run" / "checkpoint").iterdir()] == ["epoch-00000-step-000000"]
 
 
 def test_a_second_ctrl_c_stops_at_once(small_data, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tiny_models import v1_file
 from tiny_runs import Crash, crash_at, history, interrupted, raise_, recipe, same_run, weights
 
-from cifar_ft import models, transforms
+from cifar_ft import CifarFtError, models, transforms
 from cifar_ft.results import load_run
 from cifar_ft.training import TrainingError, distributed, fit, loop, move_average
 
@@ -134,9 +134,38 @@ def test_without_checkpoint_steps_the_epoch_is_trained_again_to_the_same_end(who
     same_run(whole, tmp_path / "run")
 
 
-def test_resume_where_nothing_has_begun_is_a_start(whole, small_data, tmp_path):
+def test_resume_where_nothing_has_begun_is_a_start_and_says_so(whole, small_data, tmp_path, said):
     fit(recipe(), small_data, tmp_path / "run", resume=True)
+    assert said[0].startswith("There is nothing to resume in ")
+    assert said[0].endswith("/run: beginning")
     same_run(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps", "gpu"])
+def test_a_device_that_is_not_here_is_refused_before_any_work(small_data, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(models.DeviceError, match=f"there is no device '{name}' here; choose from auto, cpu"):
+        fit(recipe(), small_data, tmp_path / "run", device=name)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_device_that_is_named_is_the_one_that_trains(small_data, tmp_path, monkeypatch):
+    """Stand-ins: a machine whose GPUs are busy, and whose CPU is asked for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    run = fit(recipe(epochs=1, checkpoint_steps=0), small_data, tmp_path / "run", device="cpu")
+    assert "GPU" not in run.metrics["hardware"]
+    assert run.metrics["peak_memory_mb"] > 100  # of the process
+
+
+def test_a_run_in_half_precision_of_a_gpu_cannot_go_on_elsewhere(small_data, tmp_path, monkeypatch):
+    interrupted(monkeypatch, small_data, tmp_path / "run", 3)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["plan"]["precision"] = "fp16"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CifarFtError, match="precision=fp16 needs an NVIDIA GPU"):
+        fit(recipe(), small_data, tmp_path / "run", resume=True, device="cpu")
 
 
 KILLED = """

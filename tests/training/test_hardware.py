@@ -13,7 +13,7 @@ from cifar_ft.recipes import get_recipe
 from cifar_ft.training import Plan, choose_plan, describe_machine, usable_cpus
 from cifar_ft.training.hardware import cpu_precision, trial_step
 
-machine = sys.modules["cifar_ft.training.hardware"]  # `training.hardware` is the function
+machine, fit_file = (sys.modules[f"cifar_ft.training.{name}"] for name in ("hardware", "fit"))
 CPU = torch.device("cpu")
 AMX, BF16 = frozenset({"avx512f", "avx512_bf16", "amx_bf16"}), frozenset({"avx512f", "avx512_bf16"})
 
@@ -162,14 +162,14 @@ def test_a_trial_step_goes_forward_and_backward(precision):
 
 
 @pytest.fixture
-def quota(monkeypatch):
-    """A function that sets what the control group says, as text, or None for no control groups."""
+def files(monkeypatch):
+    """A function that sets what the files of /proc and /sys hold, a dict; others do not exist. 8 processors."""
 
-    def set_to(text):
+    def set_to(content):
         def read(self, *arguments, **options):
-            if text is None:
-                raise FileNotFoundError
-            return text
+            if str(self) not in content:
+                raise FileNotFoundError(self)
+            return content[str(self)]
 
         monkeypatch.setattr(Path, "read_text", read)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
@@ -177,23 +177,80 @@ def quota(monkeypatch):
     return set_to
 
 
+MINE, V2 = "/proc/self/cgroup", "/sys/fs/cgroup"
+V1, V1_BOTH = f"{V2}/cpu", f"{V2}/cpu,cpuacct"
+
+
+def v1(folder, quota, period="100000"):
+    return {f"{folder}/cpu.cfs_quota_us": f"{quota}\n", f"{folder}/cpu.cfs_period_us": f"{period}\n"}
+
+
+def v2(folder, text):
+    return {f"{folder}/cpu.max": f"{text}\n"}
+
+
 @pytest.mark.parametrize(
     ("text", "cpus"),
     [
-        ("max 100000\n", 8), ("200000 100000\n", 2), ("250000 100000", 2), ("50000 100000", 1),
-        ("9900000 100000", 8), (None, 8), ("", 8), ("what", 8),
+        ("max 100000\n", 8), ("200000 100000\n", 2), ("150000 100000", 2), ("250000 100000", 2), ("290000 100000", 3),
+        ("50000 100000", 1), ("1000 100000", 1), ("9900000 100000", 8), (None, 8), ("", 8), ("what", 8),
     ],
 )  # fmt: skip
-def test_the_processors_that_may_be_used_are_counted(quota, text, cpus):
-    quota(text)
+def test_the_processors_that_may_be_used_are_counted(files, text, cpus):
+    files({} if text is None else {f"{V2}/cpu.max": text})
     assert usable_cpus() == cpus
 
 
-def test_without_affinity_all_processors_count(quota, monkeypatch):
-    quota(None)
+@pytest.mark.parametrize(
+    ("content", "cpus"),
+    [
+        ({MINE: "0::/\n", **v2(V2, "200000 100000")}, 2),
+        ({MINE: "0::/a.slice/b.scope\n", **v2(f"{V2}/a.slice/b.scope", "200000 100000")}, 2),
+        ({MINE: "0::/a/b\n", **v2(f"{V2}/a/b", "max 100000"), **v2(f"{V2}/a", "300000 100000")}, 3),
+        ({MINE: "0::/a/b\n", **v2(f"{V2}/a/b", "500000 100000"), **v2(f"{V2}/a", "300000 100000")}, 3),
+        ({MINE: "0::/a/b\n", **v2(f"{V2}/a/b", "100000 50000"), **v2(V2, "500000 100000")}, 2),
+        ({MINE: "0::/other\n", **v2(f"{V2}/a", "200000 100000")}, 8),
+        ({MINE: "0::/../a\n", **v2(V2, "200000 100000")}, 2),
+        ({MINE: "3:memory:/m\n2:cpu,cpuacct:/\n", **v1(V1_BOTH, 200000)}, 2),
+        ({MINE: "2:cpu,cpuacct:/docker/1f\n", **v1(V1_BOTH, 200000)}, 2),  # of a container, which is its root
+        ({MINE: "2:cpu,cpuacct:/a/b\n0::/x\n", **v1(f"{V1_BOTH}/a", 300000), **v1(f"{V1_BOTH}/a/b", -1)}, 3),
+        ({MINE: "2:cpuacct,cpu:/a\n", **v1(f"{V1}/a", 100000, 50000)}, 2),
+        ({MINE: "2:cpu:/a\n", **v1(V1, -1), **v1(f"{V1}/a", -1)}, 8),
+        ({MINE: "2:cpuset:/a\n", **v1(f"{V1}/a", 200000)}, 8),  # the group of another controller
+        ({MINE: "2:cpu:/a\n0::/a\n", **v1(f"{V1}/a", 400000), **v2(f"{V2}/unified/a", "200000 100000")}, 2),
+        ({MINE: "0::/with:colon\n", **v2(f"{V2}/with:colon", "200000 100000")}, 2),
+        (v1(V1, 200000), 2),
+    ],
+)
+def test_a_quota_counts_wherever_control_groups_keep_it(files, content, cpus):
+    files(content)
+    assert usable_cpus() == cpus
+
+
+def test_without_affinity_all_processors_count(files, monkeypatch):
+    files({})
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     assert usable_cpus() == 6
+
+
+def test_only_who_asks_gets_another_allocator_for_the_whole_process(monkeypatch):
+    class Libc:
+        def __init__(self, name):
+            self.mallopt = lambda option, value: set_to.append(option)
+
+    def stop(*_):
+        raise EOFError
+
+    set_to = []
+    monkeypatch.setattr(machine.ctypes, "CDLL", Libc)
+    monkeypatch.setattr(fit_file, "start_processes", stop)
+    monkeypatch.setattr(sys, "platform", "linux")
+    with pytest.raises(EOFError):
+        fit_file.fit(recipe(), None)
+    assert set_to == []
+    machine.keep_memory()
+    assert sorted(set_to) == [-4, -2, -1]
 
 
 def test_the_machine_is_named_in_one_line():

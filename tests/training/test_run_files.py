@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,6 +54,19 @@ def test_a_run_directory_holds_what_was_measured(small_data, tmp_path):
     assert run.recipe == mine
     assert run.config["data"] == {"source": "samples", "digest": "0" * 64, "train": 120, "val": 40, "test": 40}
     assert run.config["weights"]["backbone"] == "resnet18"
+
+
+def test_a_run_tells_no_folder_of_the_machine_it_was_made_on(small_data, tmp_path, monkeypatch):
+    mine = tmp_path / "private" / "r18.pt"
+    mine.parent.mkdir()
+    torch.save(models.create_backbone("resnet18").state_dict(), mine)
+    monkeypatch.chdir(tmp_path)
+    run = fit(recipe(weights="private/r18.pt", epochs=1), small_data, "run")
+    assert run.path == tmp_path / "run"
+    assert (run.config["recipe"]["weights"], run.config["weights"]["source"]) == ("r18.pt", "the file r18.pt")
+    for file in filter(Path.is_file, run.path.rglob("*")):
+        assert b"private" not in file.read_bytes(), file
+        assert str(tmp_path).encode() not in file.read_bytes(), file
 
 
 def test_the_stored_weights_give_the_stored_logits(whole, small_data):

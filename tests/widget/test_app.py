@@ -16,7 +16,8 @@ import nbformat
 import pytest
 
 from cifar_ft import log
-from cifar_ft.predictions import PredictionError
+from cifar_ft.predictions import PredictionError, Predictor
+from cifar_ft.results import RunError
 from cifar_ft.widget import AppError, app, page, serve
 
 SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -149,6 +150,31 @@ def test_the_environment_keeps_the_users_settings_out(tmp_path, monkeypatch):
         assert Path(environment[name]).parent == tmp_path
 
 
+def test_the_page_answers_with_the_run_that_is_named_or_the_shipped_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("CIFAR_FT_DATA", "cache")
+    monkeypatch.chdir(tmp_path)
+    environment = app.environment(tmp_path, tmp_path / "my run")
+    assert environment["CIFAR_FT_DATA"] == str(tmp_path / "cache")  # kernels work in another folder
+    asked = []
+    monkeypatch.setattr(Predictor, "load", lambda run: asked.append(run))
+    monkeypatch.setattr("IPython.display.display", asked.append)
+    level = log.level
+    try:
+        page()
+        monkeypatch.setenv(app.RUN, environment[app.RUN])
+        page()
+    finally:
+        log.setLevel(level)
+    assert asked[::2] == ["shipped", str(tmp_path / "my run")]
+
+
+def test_a_run_that_cannot_answer_is_told_before_anything_is_started(stand_in, monkeypatch, free_port, tmp_path):
+    monkeypatch.setattr(app, "find_spec", lambda _: True)
+    monkeypatch.setattr(app.subprocess, "Popen", lambda *_, **__: pytest.fail("started"))
+    with pytest.raises(RunError, match="no run directory"):
+        serve(free_port, run=tmp_path / "none")
+
+
 def test_a_page_without_a_model_says_why(monkeypatch):
     def refuse(*_):
         raise PredictionError("no <model> here")
@@ -164,3 +190,11 @@ def test_a_page_without_a_model_says_why(monkeypatch):
         log.setLevel(level)
     assert 'role="alert"' in shown[0].data
     assert "no &lt;model&gt; here" in shown[0].data
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [("127.0.0.1", "http://127.0.0.1:80/"), ("::1", "http://[::1]:80/"), ("my-pc", "http://my-pc:80/")],
+)
+def test_the_page_has_an_address_that_a_browser_opens(host, address):
+    assert app.page_address(host, 80) == address

@@ -338,9 +338,9 @@ def test_a_change_of_language_keeps_what_was_chosen_and_answered(widget, predict
     assert widget.sample.value == NOTHING
 
 
-def test_prediction_widget_takes_the_model_given_or_the_newest(predictor, monkeypatch):
+def test_prediction_widget_takes_the_model_given_or_the_shipped_one(predictor, monkeypatch):
     assert prediction_widget(predictor).state.models == [predictor]
-    monkeypatch.setattr(Predictor, "newest_or_shipped", classmethod(lambda cls, **_: Told("frog")))
+    monkeypatch.setattr(Predictor, "shipped", classmethod(lambda cls, *_: Told("frog")))
     widget = prediction_widget()
     click(widget)
     assert "predicted frog" in said(widget)
