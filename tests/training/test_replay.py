@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_runs import raise_, recipe, same_run
 
-from cifar_ft.training import Replay, fit, replay, state
+from cifar_ft.training import Replay, fit, state
 
 
 class FakeGraph:
@@ -18,7 +18,7 @@ class FakeGraph:
 def recorded(monkeypatch):
     """How often a step was recorded; recordings are fake."""
     works = []
-    monkeypatch.setattr(replay, "capture", lambda work: works.append(work) or FakeGraph(work))
+    monkeypatch.setattr(Replay, "capture", lambda self, work: works.append(work) or FakeGraph(work))
     return works
 
 
@@ -67,7 +67,7 @@ def test_a_new_size_or_setting_drops_the_recording_before_its_first_step(recorde
 
 
 def test_what_cannot_be_recorded_is_said_once_and_goes_on_eagerly(monkeypatch, optimizer, said):
-    monkeypatch.setattr(replay, "capture", lambda work: raise_(RuntimeError("no such luck\nmore")))
+    monkeypatch.setattr(Replay, "capture", lambda self, work: raise_(RuntimeError("no such luck\nmore")))
     door = Replay(batch_size=4)
     assert len(calls(door, optimizer, *[4] * 6)) == 6
     assert len(said) == 1
@@ -77,7 +77,7 @@ def test_what_cannot_be_recorded_is_said_once_and_goes_on_eagerly(monkeypatch, o
 def test_an_optimiser_is_capturable_while_it_is_recorded_and_no_longer(monkeypatch, optimizer):
     seen = []
     monkeypatch.setattr(
-        replay, "capture", lambda work: seen.append(optimizer.param_groups[0]["capturable"]) or FakeGraph(work)
+        Replay, "capture", lambda self, work: seen.append(optimizer.param_groups[0]["capturable"]) or FakeGraph(work)
     )
     calls(Replay(batch_size=4), optimizer, *[4] * 4)
     assert seen == [True]
