@@ -237,19 +237,30 @@ def course(
     from cifar_ft.course import run_course
 
     given = ([f"RECIPE={recipe}"] if recipe else []) + list(parameters)
-    result = run_course(out, given, before=_fetch)
+    result = run_course(out, given, before=_prepare)
     _say("\n" + result.table())
 
 
-def _fetch(parameters: Mapping[str, Any]) -> None:
-    """Fetch data and weights before the notebooks need them, where progress and errors are easy to read."""
+def _prepare(parameters: Mapping[str, Any]) -> None:
+    """Fetch data and weights before the notebooks need them, and say what will be trained and how long that takes."""
     from cifar_ft.data import fetch_cifar10
+    from cifar_ft.models import resolve_backbone
     from cifar_ft.recipes import get_recipe
+    from cifar_ft.training import estimate_seconds, keep_memory
 
     recipe = get_recipe(parameters["RECIPE"], parameters["OVERRIDES"])
     fetch_cifar10(parameters["DATA_ROOT"] or None)
     if recipe.weights == "imagenet":
         _fetch_weights(recipe.backbone)
+    if recipe.weights not in ("imagenet", "none") or (Path(parameters["RUN_DIR"]) / "metrics.json").exists():
+        return
+    backbone = resolve_backbone(recipe.backbone) if recipe.weights == "imagenet" else recipe.backbone
+    keep_memory()
+    minutes = estimate_seconds(recipe, "resnet50" if backbone == "auto" else backbone) / 60
+    log.info(
+        f"Notebook 04 will train {backbone}, which takes about {max(1, round(minutes))} min on this machine, by a few "
+        "timed steps (another network: -p OVERRIDES=backbone=NAME, with efficientnet_lite0, resnet18 or resnet50)\n"
+    )
 
 
 def _fetch_weights(backbone: str) -> None:

@@ -57,9 +57,9 @@ def _data() -> str:
 
 
 def _weights() -> str:
-    from cifar_ft.models import WEIGHTS_MB, fetch_weights, resolve_backbone
+    from cifar_ft.models import WEIGHTS_MB, choose_device, fetch_weights, resolve_backbone
 
-    auto = os.environ.get("CIFAR_FT_BACKBONE", "") in ("", "auto")
+    auto = os.environ.get("CIFAR_FT_BACKBONE", "") in ("", "auto") and choose_device().type != "cpu"
     backbone = "resnet50" if auto else resolve_backbone("auto")
     if weights := fetch_weights(backbone, fetch=False):
         return f"ImageNet weights of {backbone}: {weights.name}, from {weights.source}"

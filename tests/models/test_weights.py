@@ -304,7 +304,14 @@ def test_lite0_without_its_package_or_with_a_changed_one_says_so(server, monkeyp
 # Which backbone
 
 
-def test_auto_says_which_backbone_and_why_and_tries_once(small, server, said):
+def test_auto_on_a_cpu_is_the_quicker_network_and_fetches_nothing(server, said):
+    assert resolve_backbone("auto") == "efficientnet_lite0"
+    assert said[-1].startswith("backbone auto: efficientnet_lite0, because there is no GPU here (backbone=resnet50 ")
+    assert server.requests == []
+
+
+def test_auto_on_a_gpu_says_which_backbone_and_why_and_tries_once(small, server, said, monkeypatch):
+    monkeypatch.setattr(weights, "choose_device", lambda: torch.device("cuda"))
     server.modes[f"/{small.name}"] = "503"
     for _ in range(2):
         assert resolve_backbone("auto") == "efficientnet_lite0"
