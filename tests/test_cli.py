@@ -284,20 +284,31 @@ def test_check_says_ok_where_the_course_can_run(run, monkeypatch):
     assert "CIFAR-10 is verified" in done.out
 
 
-def test_course_fetches_what_the_notebooks_need_and_prints_the_table(run, tmp_path, monkeypatch):
-    fetched = []
+@pytest.mark.parametrize("finished", [False, True])
+def test_course_fetches_what_the_notebooks_need_says_how_long_it_takes_and_prints_the_table(
+    run, tmp_path, monkeypatch, finished
+):
+    fetched, made = [], tmp_path / "run"
+    made.mkdir()
+    if finished:
+        (made / "metrics.json").touch()
+    monkeypatch.setattr(training, "estimate_seconds", lambda recipe, backbone: 600 if backbone == "resnet18" else 0)
     monkeypatch.setattr(data, "fetch_cifar10", fetched.append)
     monkeypatch.setattr(models, "resolve_backbone", lambda name: "resnet18")
     monkeypatch.setattr(models, "fetch_weights", lambda name: SimpleNamespace(name="V1", source="torchvision"))
 
     def run_course(out, parameters, before):
-        before({"RECIPE": "smoke", "OVERRIDES": "", "DATA_ROOT": "there"})
+        before({"RECIPE": "smoke", "OVERRIDES": "", "DATA_ROOT": "there", "RUN_DIR": str(made)})
         return course.CourseResult([(" ".join(parameters), 2.0)], None, None, out)
 
     monkeypatch.setattr(course, "run_course", run_course)
-    done = run("course", "--recipe", "smoke", "-p", "SEED=1", "--out", tmp_path)
+    done = run("course", "--recipe", "smoke", "-p", "SEED=1", "--out", tmp_path / "out")
     assert (done.returncode, fetched) == (0, ["there"])
-    assert "Weights: resnet18, V1, from torchvision\n\nRECIPE=smoke SEED=1       2.0 s\n" in done.out
+    lines = done.out.splitlines()
+    assert lines[0] == "Weights: resnet18, V1, from torchvision"
+    said = "Notebook 04 will train resnet18, which takes about 10 min on this machine"
+    assert [line.startswith(said) for line in lines[1:2]] == [not finished]
+    assert "RECIPE=smoke SEED=1       2.0 s" in lines
 
 
 def test_train_leaves_a_run_and_resume_finds_it_finished(run, tmp_path, monkeypatch, small_data):
