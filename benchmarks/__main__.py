@@ -1,7 +1,7 @@
-"""`python -m benchmarks [all | steps | start | growth | speedrun | processes | compare]`: measure, print, keep.
+"""`python -m benchmarks [all | steps | start | growth | speedrun | processes | compare | gpu]`: measure, print, keep.
 
-Each command puts its section into results/benchmarks.json. Run on an idle machine. `compare` needs
-`pip install -r benchmarks/requirements.txt`; the others need the course alone.
+Each command puts its section into results/benchmarks.json; `gpu`, which `all` leaves out, has files of its own. Run on
+an idle machine. `compare` needs `pip install -r benchmarks/requirements.txt`; the others need the course alone.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -97,6 +98,18 @@ def compare(images: int = 10_000, size: int = 64, epochs: int = 3, again: bool =
     runs = comparison.compare(images, size, epochs, known, lambda runs: _keep("compare", {"runs": runs}))
     for line in comparison.verdict(runs):
         typer.echo(line)
+
+
+@app.command()
+def gpu(
+    out: Annotated[Path, typer.Option(help="Folder of the results; parts that are there are not repeated.")],
+    minutes: Annotated[float, typer.Option(help="No part is begun for which too little of it is left.")] = 12,
+    only: Annotated[str, typer.Option(help="These parts alone, with commas.")] = "",
+) -> None:
+    """What an NVIDIA GPU does: checks, speeds beside plain loops, whole runs."""
+    from benchmarks.gpu import everything
+
+    everything(minutes, out.expanduser().absolute(), only)
 
 
 @app.command()

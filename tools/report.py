@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -244,7 +245,33 @@ def speed_table(folder: Path) -> str:
     return table(("section", "what", "measured"), rows) + f"\n\nOn {machines}."
 
 
+def gpu_table(folder: Path) -> str:
+    """What `python -m benchmarks gpu` found: speed beside its bound, a run, and whether equal runs stay equal."""
+    found = {path.stem: _json(path) for path in sorted((folder / "gpu").glob("*.json"))}
+    rows = []
+    for work, loops in found["speed_course"]["found"].items():
+        (first, *course), (_, *ceiling) = loops["course"], loops["ceiling"]
+        course, ceiling = statistics.median(course), statistics.median(ceiling)
+        rows.append((f"`{work}`", f"{first:,}", f"{course:,.0f}", f"{ceiling:,.0f}", f"{course / ceiling:.0%}"))
+    exact, resumed = found["exact"]["found"].values(), found["resume"]["found"].values()
+    waits = [each for each in found["no_waiting"]["found"].values() if each != "none"]
+    run = found["modern"]["found"]
+    texts = [
+        f"20 steps recorded and replayed, against the same ones not recorded: equal to the bit in "
+        f"{sum(each['replayed_equals_eager'] for each in exact)} of {len(exact)} cases. Stopped and resumed: equal in "
+        f"{sum(resumed)} of {len(resumed)}. Cases in which a step waits for the GPU: {len(waits)}. Two runs in fp16: "
+        f"{'equal' if found['half']['found']['equal'] else 'not equal'}.",
+        f"`modern`, one run: {_score(run['test_accuracy'], *run['test_accuracy_ci95'])} on the test images, "
+        f"{100 * run['val_accuracy']:.2f} % on validation, {run['train_seconds']:.0f} s of training, "
+        f"{run['wall_seconds']:.0f} s with everything, from the {run['weights']}.",
+        f"On {found['modern']['machine']}; 11,520 random images an epoch for the speeds.",
+    ]
+    columns = ("work", "images/s, first epoch", "later ones", "a recorded step alone", "share")
+    return "\n\n".join([table(columns, rows), *texts])
+
+
 TABLES = {
+    "gpu": gpu_table,
     "results": runs_table,
     "shipped": shipped_table,
     "corruptions": corruptions_table,
