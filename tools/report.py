@@ -252,7 +252,7 @@ def gpu_table(folder: Path) -> str:
     for work, loops in found["speed_course"]["found"].items():
         (first, *course), (_, *ceiling) = loops["course"], loops["ceiling"]
         course, ceiling = statistics.median(course), statistics.median(ceiling)
-        rows.append((f"`{work}`", f"{first:,}", f"{course:,.0f}", f"{ceiling:,.0f}", f"{course / ceiling:.0%}"))
+        rows.append((f"`{work}`", f"{first:,}", f"{course:,.0f}", f"{ceiling:,.0f}", f"{100 * course / ceiling:.0f} %"))
     exact, resumed = found["exact"]["found"].values(), found["resume"]["found"].values()
     waits = [each for each in found["no_waiting"]["found"].values() if each != "none"]
     run = found["modern"]["found"]
@@ -271,7 +271,6 @@ def gpu_table(folder: Path) -> str:
 
 
 TABLES = {
-    "gpu": gpu_table,
     "results": runs_table,
     "shipped": shipped_table,
     "corruptions": corruptions_table,
@@ -279,6 +278,7 @@ TABLES = {
     "redrawn": redrawn_table,
     "comparison": comparison_table,
     "speed": speed_table,
+    "gpu": gpu_table,
 }
 
 
