@@ -34,7 +34,7 @@ JPEG_USED = (
 JPEG_EXTRA = (*range(0xE0, 0xF0), 0xFE)
 JPEG_ALONE = (0x01, 0xD8)  # markers without a segment
 JPEG_SCAN, JPEG_END = 0xDA, 0xD9
-JPEG_MARKER = re.compile(rb"\xff\xff*([^\xff\x00\xd0-\xd7])")  # the others stand in picture data
+JPEG_MARKER = re.compile(rb"\xff([^\xff\x00\xd0-\xd7])")  # the others stand in picture data
 FIRST, LARGEST = 2**12, 2**20  # bytes read at a time
 
 
