@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 
@@ -156,6 +157,11 @@ def test_a_stream_that_cannot_be_moved_about_in_is_read():
 
     for content in (PNG, JPEG, file_of("GIF")):
         assert torch.equal(read_image(Stream(content)), read_image(content))
+    end, start = os.pipe()
+    with open(end, "rb", buffering=0) as pipe, open(start, "wb") as file:
+        file.write(PNG)
+        file.close()
+        assert torch.equal(read_image(pipe), read_image(PNG))
 
 
 def test_later_pictures_of_an_open_file_are_looked_at_too():
