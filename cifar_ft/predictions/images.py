@@ -5,6 +5,7 @@ Nothing here knows a model; whatever is not a picture is refused in one clear li
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -151,6 +152,8 @@ def read_picture(source) -> Picture:
     except MemoryError:
         raise ImageError("no_memory", about) from None
     except Exception as error:  # a damaged file can cause any
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # such as a place before its start
+            raise ImageError("unreadable", about, reason=error.strerror) from error
         raise ImageError("damaged", about, reason=str(error) or type(error).__name__) from error
 
 
@@ -515,7 +518,7 @@ def find_pictures(path) -> Iterator[tuple[object, ImageError | None]]:
                 found = True
                 yield os.path.join(root, name), None
     for failure in failures:
-        yield failure.filename, ImageError("unreadable_folder", reason=failure.strerror)
+        yield failure.filename, ImageError("unreadable", reason=failure.strerror)
     if not found and not failures:
         yield path, ImageError("no_pictures", endings=" ".join(SUFFIXES))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import io
 import os
 import pickle
@@ -329,6 +330,16 @@ def test_a_failing_library_is_not_called_damage(monkeypatch):
     monkeypatch.setattr(Image.Image, "load", fail)
     with pytest.raises(ImageError, match="too large for the memory there is; make it smaller"):
         read_image(COLOUR)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.EMFILE])
+def test_what_the_system_refuses_is_not_called_damage(number):
+    class Refused(io.BytesIO):
+        def read(self, size=-1):
+            raise OSError(number, os.strerror(number))
+
+    with pytest.raises(ImageError, match=f"the picture: cannot be read .{os.strerror(number)}.; copy it to where"):
+        read_image(Refused(b"content"))
 
 
 def test_cmyk_is_read_as_the_colour_it_shows():
