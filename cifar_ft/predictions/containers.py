@@ -24,17 +24,16 @@ PNG_TEXTS_USED = (b"XML:com.adobe.xmp", b"Raw profile type exif")  # may say whi
 PNG_TOLD = (b"iCCP", b"sBIT", b"gAMA", b"cHRM", b"sRGB", b"cICP")  # colours and the range of values
 # Of a JPEG file's comments and applications' segments, by marker, beginning and least length: what the channels are,
 # which way up the picture is, and its colour profile.
-JPEG_USED = (
-    (0xE0, b"JFIF", 14),
-    (0xE1, b"Exif\0\0", 8),
-    (0xE1, b"http://ns.adobe.com/xap/1.0/\0", 29),
-    (0xE2, b"ICC_PROFILE\0", 14),
-    (0xEE, b"Adobe", 12),
-)
+JPEG_USED = {
+    0xE0: {b"JFIF": 14},
+    0xE1: {b"Exif\0\0": 8, b"http://ns.adobe.com/xap/1.0/\0": 29},
+    0xE2: {b"ICC_PROFILE\0": 14},
+    0xEE: {b"Adobe": 12},
+}
 JPEG_EXTRA = (*range(0xE0, 0xF0), 0xFE)
 JPEG_ALONE = (0x01, 0xD8)  # markers without a segment
 JPEG_SCAN, JPEG_END = 0xDA, 0xD9
-JPEG_MARKER = re.compile(rb"\xff\xff*([^\xff\x00\xd0-\xd7])")  # the others stand in picture data
+JPEG_MARKER = re.compile(rb"\xff([^\xff\x00\xd0-\xd7])")  # the others stand in picture data
 FIRST, LARGEST = 2**12, 2**20  # bytes read at a time
 
 
@@ -159,10 +158,8 @@ def _jpeg(file, most_scans: int, start: int) -> Parts:
         length = int.from_bytes(head[:2], "big")
         place += max(2, length)
         found.scans += marker == JPEG_SCAN
-        used = any(
-            (marker, head[2 : 2 + len(name)]) == (kind, name) and length >= 2 + least for kind, name, least in JPEG_USED
-        )
-        if marker in JPEG_EXTRA and not used:
+        used = JPEG_USED.get(marker, {}).items()
+        if marker in JPEG_EXTRA and not any(head.startswith(name, 2) and length >= 2 + least for name, least in used):
             found.keep(done, start)
             done = place
     found.keep(done, place)

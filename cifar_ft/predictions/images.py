@@ -5,6 +5,7 @@ Nothing here knows a model; whatever is not a picture is refused in one clear li
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -17,13 +18,25 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
 from cifar_ft import CifarFtError
 from cifar_ft.files import ASSETS, one_line, show_path
 from cifar_ft.predictions.containers import Parts, for_decoder, parts
 
+# By what EXIF data say. Not `ImageOps.exif_transpose`, which fails where it cannot write the other EXIF data anew.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# What compressed TIFF files hold where Pillow turns the bytes around once more, though its library has done so.
+TURNED_TWICE = {"F;32BF": "f4", "I;32BS": "i4", "I;16BS": "i2"}
 MAX_SAMPLE_VALUES = (ExifTags.Base.MaxSampleValue, ExifTags.Base.SMaxSampleValue)
 # They may also hold the brightest value that occurs, which says nothing: only a whole number of bits counts.
 WHOLE_BITS = [2**bits - 1 for bits in range(8, 33)]
@@ -139,6 +152,8 @@ def read_picture(source) -> Picture:
     except MemoryError:
         raise ImageError("no_memory", about) from None
     except Exception as error:  # a damaged file can cause any
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # such as a place before its start
+            raise ImageError("unreadable", about, reason=error.strerror) from error
         raise ImageError("damaged", about, reason=str(error) or type(error).__name__) from error
 
 
@@ -174,6 +189,10 @@ def _located_file(path: str) -> tuple[str, str]:
 def _opened(source) -> Iterator[tuple[Image.Image, Parts]]:
     """A PIL image, not decoded yet, and what its file is made of; what was given stays open."""
     if isinstance(source, Image.Image):
+        clear = source.info.get("transparency")
+        if source.format is None and clear is not None and np.size(clear) != len(source.getbands()):
+            source = source.copy()  # one channel of a picture, say, which keeps saying what colour was transparent
+            del source.info["transparency"]
         file = getattr(source, "fp", None) if source.format in ("PNG", "JPEG", "MPO") else None
         start = getattr(source, "offset", 0)  # of a picture in an MPO file
         yield source, parts(file, MAX_SCANS, start) if file and not getattr(file, "closed", False) else Parts()
@@ -196,7 +215,7 @@ def _movable(file):
     """The file, or what a stream holds that cannot be moved about in."""
     try:
         file.seek(0)
-    except (AttributeError, io.UnsupportedOperation):
+    except (AttributeError, OSError):
         return io.BytesIO(file.read())
     return file
 
@@ -247,18 +266,18 @@ def _frame_notes(image: Image.Image) -> list[Note]:
     return []
 
 
-def _is_turned(image: Image.Image) -> bool:
-    """Whether EXIF data say that the picture is stored turned or mirrored."""
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What must be done to a picture that is stored turned or mirrored, as its EXIF data say."""
     with suppress(Exception):  # of damaged EXIF data; the pixels may be good
-        return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-    return False
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    return None
 
 
 def _upright(image: Image.Image, turned: bool, notes: list[Note]) -> Image.Image:
-    if not turned and not _is_turned(image):
-        return image
-    notes.append(Note("turned_upright"))
-    return ImageOps.exif_transpose(image)
+    turn = _turn(image)
+    if turned or turn is not None:
+        notes.append(Note("turned_upright"))
+    return image if turn is None else image.transpose(turn)
 
 
 def _reduced(image: Image.Image, notes: list[Note]) -> Image.Image:
@@ -273,9 +292,10 @@ def _reduced(image: Image.Image, notes: list[Note]) -> Image.Image:
 class Said(NamedTuple):
     """What an open file says of its pixels; Pillow forgets most of it in decoding."""
 
-    turned: bool  # stored turned or mirrored; of TIFF files only, since others still say so once decoded
+    turned: bool  # turned or mirrored by the decoder; of TIFF files only
     brightest: tuple[int, ...]  # what may stand for full brightness; the first holds that no value exceeds
     white_is_0: bool
+    misread: str | None  # the type of values that the decoder takes for another, or the bytes of which it turns around
     clear: int | tuple[int, ...] | None  # the one grey or colour that is transparent, as it is after decoding
     profile: bytes | None  # b"" where the colours are not those of the web, and no profile says which
 
@@ -289,15 +309,18 @@ def _said(image: Image.Image, found: Parts) -> Said:
         clear *= {"L;2": 85, "L;4": 17}[raw]
     elif raw == "RGB;16B" and clear is not None:
         clear = tuple(level >> 8 for level in clear)
+    misread = TURNED_TWICE.get(raw) if tiles and tiles[0][0] == "libtiff" else None
+    if image.format == "TIFF" and image.mode == "L" and image.tag_v2.get(ExifTags.Base.SampleFormat) == (2,):
+        misread = "i1"
     brightest, white_is_0 = (65_535,), False
-    if image.mode[0] in "IF" or ";16" in raw:
+    if image.mode[0] in "IF" or ";16" in raw or misread:
         brightest, white_is_0 = _value_range(image, found)
     profile = image.info.get("icc_profile") or None
     if profile is None and ("icc_profile" in image.info or _has_odd_colours(image, found)):
         profile = b""
-    # Asked for its EXIF data a PNG file is decoded, and `_is_turned` would swallow what goes wrong.
-    turned = image.format == "TIFF" and _is_turned(image)
-    return Said(turned, brightest, white_is_0, clear, profile)
+    # Asked for its EXIF data a PNG file is decoded, and `_turn` would swallow what goes wrong.
+    turned = image.format == "TIFF" and _turn(image) is not None
+    return Said(turned, brightest, white_is_0, misread, clear, profile)
 
 
 def _value_range(image: Image.Image, found: Parts) -> tuple[tuple[int, ...], bool]:
@@ -335,7 +358,7 @@ def _mask(image: Image.Image, clear) -> Image.Image | None:
 
 def _eight_bits(image: Image.Image, said: Said, notes: list[Note]) -> Image.Image:
     """Values of 16 bits and more as 8; of 16-bit colours Pillow has already dropped the lower 8."""
-    if image.mode[0] not in "IF":
+    if image.mode[0] not in "IF" and not said.misread:
         highest = np.max(image.getextrema()) if said.brightest[0] < 65_535 else 255
         brightest = next(value >> 8 for value in (*said.brightest, 65_535) if highest <= value >> 8)
         if brightest in (0, 255):
@@ -343,6 +366,8 @@ def _eight_bits(image: Image.Image, said: Said, notes: list[Note]) -> Image.Imag
         notes.append(Note("scaled_to_8_bits"))
         return image.point([min(255, round(255 * value / brightest)) for value in range(256)] * len(image.getbands()))
     values = np.asarray(image)
+    if said.misread:
+        values = values.astype(said.misread).byteswap()
     brightest = next((value for value in said.brightest if values.max() <= value), None)
     if image.mode == "F":
         values = values / (brightest or 1)
@@ -443,8 +468,7 @@ def _array_image(source) -> Image.Image:
     axes, wanted = (2, 0), "[H, W] or [H, W, 3]"
     if isinstance(source, Tensor):
         axes, wanted = (0, 2), "[H, W] or [3, H, W]"
-        source = source.detach().cpu()
-        source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
+        source = (source.float() if source.is_floating_point() else source).numpy(force=True)
     array = np.asarray(source)
     axis = next((axis for axis in axes if array.ndim == 3 and array.shape[axis] in (1, 3, 4)), None)
     if axis is None and array.ndim != 2:
@@ -494,7 +518,7 @@ def find_pictures(path) -> Iterator[tuple[object, ImageError | None]]:
                 found = True
                 yield os.path.join(root, name), None
     for failure in failures:
-        yield failure.filename, ImageError("unreadable_folder", reason=failure.strerror)
+        yield failure.filename, ImageError("unreadable", reason=failure.strerror)
     if not found and not failures:
         yield path, ImageError("no_pictures", endings=" ".join(SUFFIXES))
 

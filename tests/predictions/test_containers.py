@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 
@@ -80,7 +81,8 @@ def test_what_a_png_file_carries_along_does_not_decide(content):
         with_segments(0xE2, b"MPF\0damaged"),
         with_segments(0xED, b"Photoshop 3.0\0008BIM"),
         with_segments(0xEE, b"Adobe"),
-        JPEG[:2] + b"\xff\xff\xff" + JPEG[2:],
+        JPEG[:2] + 2**20 * b"\xff" + JPEG[2:],  # in no time
+        with_segments(0xFE, b"comment").replace(b"\xff\xfe", 2**20 * b"\xff" + b"\xfe"),
     ],
 )
 def test_what_a_jpeg_file_carries_along_does_not_decide(content):
@@ -155,6 +157,11 @@ def test_a_stream_that_cannot_be_moved_about_in_is_read():
 
     for content in (PNG, JPEG, file_of("GIF")):
         assert torch.equal(read_image(Stream(content)), read_image(content))
+    end, start = os.pipe()
+    with open(end, "rb", buffering=0) as pipe, open(start, "wb") as file:
+        file.write(PNG)
+        file.close()
+        assert torch.equal(read_image(pipe), read_image(PNG))
 
 
 def test_later_pictures_of_an_open_file_are_looked_at_too():

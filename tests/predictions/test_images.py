@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import io
 import os
 import pickle
@@ -58,7 +59,8 @@ def test_every_form_of_one_picture_gives_the_same_pixels(tmp_path):
         "PIL": Image.fromarray(pixels), "path": path, "str": str(path), "np.str_": np.str_(path), "bytes": content,
         "bytearray": bytearray(content), "memoryview": memoryview(content), "file at its end": at_end,
         "HWC": pixels, "CHW": pixels.transpose(2, 0, 1), "strided": pixels[:, ::-1][:, ::-1], "tensor": chw,
-        "HWC tensor": torch.from_numpy(pixels), "float": pixels / 255, "float16": (pixels / 255).astype("f2"),
+        "HWC tensor": torch.from_numpy(pixels), "negated": torch.complex(chw / 255, chw / -255).conj().imag,
+        "float": pixels / 255, "float16": (pixels / 255).astype("f2"),
         "float tensor": (chw / 255.0).requires_grad_(), "uint16": pixels.astype(np.uint16) * 257,
         "big-endian": (pixels.astype(np.uint16) * 257).astype(">u2"),
         "RGBA": np.dstack([pixels, np.full((6, 9), 255, np.uint8)]),
@@ -71,7 +73,9 @@ def test_every_form_of_one_picture_gives_the_same_pixels(tmp_path):
     with open(path, "rb") as file:
         assert torch.equal(read_image(file), chw)
         assert not file.closed
-    assert torch.equal(read_image((chw / 255).bfloat16()), ((chw / 255).bfloat16().float() * 255).round().byte())
+    for kind in (torch.bfloat16, torch.float8_e4m3fn):
+        rounded = (chw / 255).to(kind)
+        assert torch.equal(read_image(rounded), (rounded.float() * 255).round().byte())
 
 
 def test_grey_pictures_get_three_equal_channels():
@@ -151,6 +155,13 @@ def test_transparency_is_found_wherever_a_format_keeps_it(source, shown):
     assert Note("transparent_on_white") in found.notes
 
 
+def test_a_part_of_a_picture_that_still_says_which_colour_was_transparent_is_read():
+    whole = Image.open(io.BytesIO(png(2, 8, 2, b"\1\1\1\2\2\2", (b"tRNS", b"\0\1\0\1\0\1"))))
+    for part in (whole.getchannel("R"), whole.quantize(2)):
+        assert read_image(part)[0, 0].tolist() == [1, 2]
+        assert part.info["transparency"] == (1, 1, 1)
+
+
 def bmp_with_alpha(pixels):
     """A BMP file of 32 bits that declares an alpha channel; pixels are uint8 [H, W, 4]."""
     height, width = pixels.shape[:2]
@@ -175,13 +186,15 @@ def test_a_picture_that_is_transparent_all_over_shows_its_colours_or_is_refused(
             read_image(empty)
 
 
-def tiff(values, *more, photometric=1, bits=16, kind=1):
-    """A grey TIFF file without compression; `more` are tags of whole numbers as (number, value)."""
-    (height, width), data = values.shape, values.tobytes()
-    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (277, 1), (278, height)]
+def tiff(values, *more, photometric=1, bits=16, kind=1, order="<", packed=False):
+    """A grey TIFF file; `more` are tags of whole numbers as (number, value)."""
+    (height, width), data = values.shape, zlib.compress(values.tobytes()) if packed else values.tobytes()
+    method = 8 if packed else 1
+    tags = [(256, width), (257, height), (258, bits), (259, method), (262, photometric), (277, 1), (278, height)]
     tags = sorted([*tags, (279, len(data)), (339, kind), *more, (273, 26 + 12 * (len(tags) + len(more) + 3))])
-    entries = b"".join(struct.pack("<HHII", number, 4, 1, value) for number, value in tags)
-    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(16) + data
+    entries = b"".join(struct.pack(f"{order}HHII", number, 4, 1, value) for number, value in tags)
+    head = b"II" if order == "<" else b"MM"
+    return head + struct.pack(f"{order}HIH", 42, 8, len(tags)) + entries + bytes(16) + data
 
 
 FOUR, TWELVE = np.full((2, 2), 6425, "<u2"), np.full((2, 2), 4000, "<u2")
@@ -194,12 +207,16 @@ RANGES = [
     (tiff(TWELVE, (281, 4000)), 16),  # the brightest value there is, and not a number of bits
     (tiff(TWELVE, (281, 1023)), 16),  # cannot be
     (tiff(np.full((2, 2), 20_000, "<i2"), kind=2), 156),  # of 32,767
+    (tiff(np.array([[100]], "i1"), bits=8, kind=2), 201),  # of 127
     (tiff(np.full((2, 2), 0.25, "<f4"), bits=32, kind=3), 64),
     (tiff(np.full((2, 2), 0.25, "<f4"), bits=32, kind=3, photometric=0), 191),
     (tiff(np.full((2, 2), 200, "<f4"), (341, 255), bits=32, kind=3), 200),
     (tiff(np.full((2, 2), 200, "<i4"), bits=32, kind=2), 200),
     (tiff(np.full((2, 2), 200, "<i4"), (281, 65_535), bits=32, kind=2), 1),
     (tiff(np.full((2, 2), 2**23, "<i4"), (281, 2**24 - 1), bits=32, kind=2), 128),
+    (tiff(np.full((2, 2), 0.25, ">f4"), bits=32, kind=3, order=">", packed=True), 64),
+    (tiff(np.full((2, 2), 200, ">i4"), bits=32, kind=2, order=">", packed=True), 200),
+    (tiff(np.full((2, 2), 20_000, ">i2"), kind=2, order=">", packed=True), 156),
     (png(1, 16, 0, b"\x0f\xa0"), 16),
     (png(1, 16, 0, b"\x0f\xa0", (b"sBIT", b"\x0c")), 249),
     (png(2, 16, 0, b"\x0f\xa0\xff\xff", (b"sBIT", b"\x0c")), 16),  # scaled already, as the others show
@@ -315,6 +332,16 @@ def test_a_failing_library_is_not_called_damage(monkeypatch):
         read_image(COLOUR)
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.EMFILE])
+def test_what_the_system_refuses_is_not_called_damage(number):
+    class Refused(io.BytesIO):
+        def read(self, size=-1):
+            raise OSError(number, os.strerror(number))
+
+    with pytest.raises(ImageError, match=f"the picture: cannot be read .{os.strerror(number)}.; copy it to where"):
+        read_image(Refused(b"content"))
+
+
 def test_cmyk_is_read_as_the_colour_it_shows():
     red = file_of(Image.new("RGB", (16, 16), (255, 0, 0)).convert("CMYK"), "JPEG", quality=95)
     r, g, b = read_image(red).float().mean((1, 2)).tolist()
@@ -346,6 +373,17 @@ def test_a_picture_is_said_to_be_turned_if_and_only_if_it_is(kind, orientation, 
 def test_damaged_exif_data_do_not_cost_the_picture():
     content = file_of(Image.new("RGB", (20, 10), "red"), "JPEG", exif=b"Exif\0\0MM\0\x2a\xff\xff\xff\xff")
     assert read_image(content).shape == (3, 10, 20)
+
+
+@pytest.mark.parametrize(("tag", "kind"), [(0x0100, 2), (0x010E, 5), (0x011A, 7)])  # a width that is a text, and so on
+def test_exif_data_that_cannot_be_written_anew_do_not_keep_a_picture_from_being_turned(tag, kind):
+    entries = sorted([(ORIENTATION, 3, 1, 6), (tag, kind, 1, 7)])
+    exif = b"Exif\0\0II*\0\x08\0\0\0\2\0" + b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    content = file_of(Image.fromarray(picture(10, 20)), "JPEG", exif=exif)
+    found = read_picture(content)
+    assert found.notes == (Note("turned_upright"),)
+    with Image.open(io.BytesIO(content)) as image:
+        assert torch.equal(found.image, read_image(np.rot90(np.asarray(image), -1)))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
