@@ -282,6 +282,11 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
+        os.getcwd()
+    except FileNotFoundError:  # without it PyTorch's libraries end the process
+        _say("Error: the current folder is no longer there; change to one that is", err=True)
+        sys.exit(1)
+    try:
         app(prog_name="python -m cifar_ft")
     except Exception as error:
         if debug:

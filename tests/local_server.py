@@ -12,9 +12,9 @@ class Server:
 
     `modes` (path -> mode, or a list with one for each request, the last for all that follow) says how: "ok", "hang",
     "close" without an answer, a status such as "503", "html", "wrong" bytes, "cut" or "stall" after half of them,
-    "no range", "other range", a "short" range, "no If-Range". `headers` go with each answer; an "ETag" among them is
-    held against If-Range. `requests` lists (path, Range header), `sent` the bytes of each answer. Asked for a tunnel,
-    as a proxy is, it answers with the status `modes["CONNECT"]`.
+    "cut chunks", which tell no size, "no range", "cut, no range", "other range", a "short" range, "no If-Range".
+    `headers` go with each answer; an "ETag" among them is held against If-Range. `requests` lists (path, Range header),
+    `sent` the bytes of each answer. Asked for a tunnel, as a proxy is, it answers with the status `modes["CONNECT"]`.
     """
 
     def __init__(self) -> None:
@@ -65,22 +65,26 @@ class Server:
             self.send(request, mode, body, int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted else 0)
 
     def send(self, request: http.server.BaseHTTPRequestHandler, mode: str, body: bytes, start: int) -> None:
-        if start >= len(body) > 0 and mode != "no range":
+        if start >= len(body) > 0 and "no range" not in mode:
             request.send_error(416)
             return
-        ranged = start > 0 and mode != "no range"
+        ranged = start > 0 and "no range" not in mode
         start = 1 if ranged and mode == "other range" else start if ranged else 0
         rest = b"<!doctype html><title>Log in to the hotel's network</title>" if mode == "html" else body[start:]
         rest = rest[:100] if mode == "short" else rest
         request.send_response(206 if ranged else 200)
         kind = "text/html" if mode == "html" else "application/octet-stream"
-        for name, value in {**self.headers, "Content-Type": kind, "Content-Length": str(len(rest))}.items():
+        size = {"Transfer-Encoding": "chunked"} if mode == "cut chunks" else {"Content-Length": str(len(rest))}
+        for name, value in {**self.headers, "Content-Type": kind, **size}.items():
             request.send_header(name, value)
         if ranged:
             request.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
         request.end_headers()
-        rest = bytes(len(rest)) if mode == "wrong" else rest[: len(rest) // 2] if mode in ("cut", "stall") else rest
+        rest = bytes(len(rest)) if mode == "wrong" else rest
+        rest = rest[: len(rest) // 2] if mode.startswith(("cut", "stall")) else rest
         self.sent.append(len(rest))
+        if mode == "cut chunks":
+            request.wfile.write(b"%x\r\n" % (2 * len(rest)))
         request.wfile.write(rest)
         request.wfile.flush()
         if mode == "stall":

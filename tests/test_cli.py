@@ -112,6 +112,17 @@ def test_a_failure_exits_1_in_one_or_two_lines_and_with_debug_shows_the_tracebac
     assert run("data").returncode == 130
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a folder in use cannot be removed there")
+def test_a_current_folder_that_was_removed_is_named(run, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    done = run("train", "--out", "run")
+    monkeypatch.chdir(tmp_path)
+    assert (done.returncode, done.out) == (1, "")
+    assert done.err == "Error: the current folder is no longer there; change to one that is\n"
+
+
 def test_help_lists_the_commands_at_once():
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "cifar_ft", "--help"], capture_output=True, text=True

@@ -90,9 +90,11 @@ def web_address(text: str) -> str:
     except ValueError:
         return ""
     host, path = re.sub(r"^(alt)?ssh\.", "", parts.hostname or ""), parts.path.strip("/").removesuffix(".git")
-    known = parts.scheme in ("https", "http", "ssh", "git") and "." in host
-    # it gets into code, so nothing but names
-    if not known or not re.fullmatch(r"[\w.-]+(/~?\w[\w.-]*){2,}", f"{host}/{path}", re.ASCII):
+    # a host that others can know: `github.com-work` is a name in somebody's ssh settings
+    known = parts.scheme in ("https", "http", "ssh", "git") and re.search(r"\.([a-z]+|\d+|xn--[a-z\d-]+)$", host)
+    # it gets into code, so nothing but names; a page within a repository cannot be cloned
+    names = {"github.com": "{2}"}.get(host, "{2,}")
+    if not known or not re.fullmatch(rf"[\w.-]+(/~?\w[\w.-]*){names}", f"{host}/{path}", re.ASCII):
         return ""
     return f"{'http' if parts.scheme == 'http' and port else 'https'}://{host}{port}/{path}"
 

@@ -122,11 +122,11 @@ def download(url: str, target: Path, digest: str = "", label: str = "") -> Path:
     retries, again = 0, False
     try:
         while True:
-            resumed, came = _size(part.path) > 0, part.came
+            before = _size(part.path)
             try:
                 _transfer(url, part, label)
             except SourceError as error:
-                retries = 1 if part.came - came >= WORTH else retries + 1
+                retries = 1 if _size(part.path) - before >= WORTH else retries + 1
                 if retries > RETRIES or not part.came:
                     if not _size(part.path):
                         part.path.unlink(missing_ok=True)
@@ -138,7 +138,7 @@ def download(url: str, target: Path, digest: str = "", label: str = "") -> Path:
                 os.replace(part.path, target)
                 return target
             part.path.unlink()
-            if again or not resumed:  # else the old beginning may be damaged, or of another version of the file
+            if again or not before:  # else the old beginning may be damaged, or of another version of the file
                 raise SourceError(wrong)
             again = True
     except OSError:
@@ -210,7 +210,7 @@ def _transfer(url: str, part: _Part, label: str) -> None:
         if response.status_code == 200:
             have = 0  # a server that ignores Range, or has another version, sends everything again
         total = _total(response)
-        bar = progress(label=label, total=total, initial=have, unit="B", unit_scale=True)
+        bar, broken = progress(label=label, total=total, initial=have, unit="B", unit_scale=True), True
         with open(part.path, "ab") as file, bar, contextlib.suppress(urllib3.exceptions.HTTPError):
             for block in response.raw.stream(BLOCK, decode_content=False):
                 if not have:  # only now, so that what came before survives an answer without a file
@@ -224,7 +224,8 @@ def _transfer(url: str, part: _Part, label: str) -> None:
                 bar.update(len(block))
                 have += len(block)
                 part.came += len(block)
-        if not have or total not in (None, have):
+            broken = False
+        if broken or not have or total not in (None, have):
             of = f" of {total / 1e6:,.1f}" if total else ""
             raise SourceError(f"the transfer broke off after {have / 1e6:,.1f}{of} MB")
 

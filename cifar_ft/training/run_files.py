@@ -6,7 +6,6 @@ import csv
 import datetime
 import hashlib
 import io
-import json
 import platform
 import sys
 from dataclasses import asdict
@@ -58,12 +57,14 @@ def stored_recipe(run_dir: Path) -> Recipe:
     Raises
     ------
     TrainingError
-        When config.json is damaged or from another version of the recipes.
+        When config.json is damaged, no run's, or from another version of the recipes.
     """
-    file = Path(run_dir) / "config.json"
+    config, file = RunDirectory(run_dir).config(), Path(run_dir) / "config.json"
+    if not config:
+        raise TrainingError(f"{show_path(file)} is no run's, so there is nothing to resume; choose another folder")
     try:
-        return Recipe.from_dict(json.loads(file.read_text(encoding="utf-8"))["recipe"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return Recipe.from_dict(config["recipe"])
+    except (ValueError, TypeError) as error:
         raise TrainingError(f"{show_path(file)} cannot be read ({error}); start anew in another folder") from error
 
 

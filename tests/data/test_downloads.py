@@ -204,6 +204,20 @@ def test_a_slow_link_that_gets_on_is_not_left(target, server, said, monkeypatch)
     assert all("trying again (1 of 3)" in line for line in said)
 
 
+def test_a_transfer_that_always_breaks_off_at_the_same_place_is_left(target, server, monkeypatch):
+    monkeypatch.setattr(downloads, "WORTH", 1000)
+    server.modes["/file"] = [*["cut, no range"] * 8, "ok"]
+    assert failure(f"{server.url}/file", target) == "the transfer broke off after 0.2 of 0.4 MB"
+    assert len(server.requests) == 1 + downloads.RETRIES
+
+
+@pytest.mark.parametrize("digest", ["", f"sha256:{hashlib.sha256(BODY).hexdigest()}"])
+def test_a_broken_transfer_of_unknown_size_is_not_taken_for_the_whole_file(target, server, digest):
+    server.modes["/file"] = ["cut chunks", "ok"]
+    assert download(f"{server.url}/file", target, digest).read_bytes() == BODY
+    assert len(server.requests) == 2
+
+
 # Bytes as sent, and the version they are of
 
 

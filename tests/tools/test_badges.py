@@ -133,10 +133,11 @@ def test_an_address_can_be_changed_and_the_release_too(root):
 
 LOCAL = ("/srv/git/course.git", "../course", "file:///srv/a/course", "C:\\git\\course", "C:/git/course", "x")
 INCOMPLETE = ("git@work:ada/course.git", "https://github.com/ada", "https://[::1/a/b")
+ELSEWHERE = ("git@github.com-work:ada/course.git", "https://github.com/ada/course/tree/main")
 UNSAFE = ('https://github.com/ada/"+x+"', "https://github.com/ada/../b")
 
 
-@pytest.mark.parametrize("text", [*LOCAL, *INCOMPLETE, *UNSAFE])
+@pytest.mark.parametrize("text", [*LOCAL, *INCOMPLETE, *ELSEWHERE, *UNSAFE])
 def test_what_is_no_web_address_is_no_address(root, text):
     assert web_address(text) == ""
     origin(root, text)

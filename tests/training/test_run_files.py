@@ -123,6 +123,13 @@ def test_comments_and_empty_lines_do_not_count_as_code(tmp_path, monkeypatch):
 
 
 def test_a_damaged_description_cannot_be_resumed(tmp_path):
-    (tmp_path / "config.json").write_text('{"recipe": {"name": "smoke", "size": 3}}')
+    (tmp_path / "config.json").write_text('{"recipe": {"name": "smoke", "size": 3}, "weights": {}}')
     with pytest.raises(TrainingError, match=r"config.json cannot be read \(.*size.*start anew in another folder"):
+        run_files.stored_recipe(tmp_path)
+
+
+@pytest.mark.parametrize("text", ['{"architectures": ["ResNet"]}', "[]", '{"recipe": "pancakes", "weights": {}}'])
+def test_the_description_of_something_else_is_not_resumed(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(TrainingError, match=r"config.json is no run's, so there is nothing to resume"):
         run_files.stored_recipe(tmp_path)
