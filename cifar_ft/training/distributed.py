@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cifar_ft import CifarFtError, log
 from cifar_ft.data import Split
+from cifar_ft.files import one_line
 from cifar_ft.models import DeviceError, choose_device, is_frozen_batchnorm, predict_logits
 from cifar_ft.recipes import Recipe
 from cifar_ft.transforms import eval_transform
@@ -31,10 +32,18 @@ def start_processes(device: str | torch.device = "auto") -> PartialState:
     ------
     DeviceError
         When there is no such device here, or several processes would share a GPU.
+    CifarFtError
+        When the environment has what a launcher sets, but not all of it.
     """
     chosen = choose_device(device)
-    with without_settings():
-        state = PartialState(cpu=chosen.type == "cpu")
+    try:
+        with without_settings():
+            state = PartialState(cpu=chosen.type == "cpu")
+    except ValueError as error:
+        raise CifarFtError(
+            "the environment names several processes (WORLD_SIZE, RANK, LOCAL_RANK or those of MPI), but not how they "
+            f"meet: {one_line(error)}. Start them with torchrun; for a single one, unset these variables"
+        ) from error
     if not state.is_main_process:
         log.setLevel("ERROR")
     if state.num_processes == 1:  # it stays for the life of the process, and the next run may want another device

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from tiny_runs import raise_, recipe, same_run
 from torch import nn
 
-from cifar_ft import models
+from cifar_ft import CifarFtError, models
 from cifar_ft.results import load_run
 from cifar_ft.training import TrainingError, distributed, fit
 
@@ -200,3 +200,14 @@ def test_no_setting_of_accelerates_decides_a_run(whole, small_data, tmp_path, mo
     fit(recipe(), small_data, tmp_path / "run")
     same_run(whole, tmp_path / "run")
     assert os.environ[name] == SETTINGS[name]  # for whatever else runs in this process
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_what_another_launcher_left_in_the_environment_is_named(monkeypatch, name):
+    for each in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):  # Accelerate sets them
+        monkeypatch.setenv(each, "1")
+        monkeypatch.delenv(each)
+    monkeypatch.setenv(name, "2")
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    with pytest.raises(CifarFtError, match=r"not how they meet: .*MASTER_ADDR.*Start them with torchrun.*unset these"):
+        distributed.start_processes("cpu")
