@@ -107,7 +107,14 @@ class RunDirectory:
                 f"{show_path(self.path)} already holds a run; resume it (--resume) or choose another folder"
             )
         self.check({"recipe": recipe, "data": {"digest": data_digest}})
-        return stored, None if (self.path / "metrics.json").exists() else self.load_checkpoint()
+        return stored, None if self.finished() else self.load_checkpoint()
+
+    def finished(self) -> bool:
+        """Whether the run's last files are there; where one was lost, the last checkpoint can make it anew."""
+        with suppress(OSError, ValueError):
+            json.loads((self.path / "metrics.json").read_text(encoding="utf-8"))
+            return (self.path / "model.safetensors").is_file()
+        return False
 
     def begin(self, config: dict, accept_changes: bool = False) -> None:
         """Store what the run is; of a resumed one, check that it still is what it was.

@@ -96,15 +96,21 @@ def check_loss(training: Training, loader: TrainLoader, saving: bool = False) ->
 
 
 class StopRequest:
-    """While it is entered, Ctrl-C and SIGTERM ask for a stop at the next safe place; a second Ctrl-C stops at once."""
+    """While it is entered, Ctrl-C, SIGTERM and a terminal that is closed ask for a stop at the next safe place.
+
+    A second Ctrl-C stops at once; a process that was told to outlive its terminal (`nohup`) does so.
+    """
+
+    SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
     def __init__(self):
         self.name, self._before = None, {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
+            for number in self.SIGNALS:
+                if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_) -> None:

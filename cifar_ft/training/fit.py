@@ -85,7 +85,7 @@ def fit(
             return opened.enter_context(directory).begun(recipe.to_dict(), data.digest, resume)
 
         stored, checkpoint = on_main(state, begun)
-        if stored and (run_dir / "metrics.json").exists():
+        if stored and on_main(state, directory.finished):
             log.info(f"{show_path(run_dir)} is finished; nothing to resume")
             return load_run(run_dir)
         splits = select_images(recipe, data)

@@ -100,7 +100,7 @@ def write_run(directory: RunDirectory, training: Training, splits: dict[str, Spl
         directory.write(f"{name}_logits.npz", buffer.getvalue())
     weights = {name: tensor.contiguous().cpu() for name, tensor in training.eval_model.state_dict().items()}
     # One entry of metadata: safetensors writes several in any order, and equal weights would be unequal files.
-    metadata = {"strides": "v1"} if info["strides"] == "v1" else {"format": "pt"}
+    metadata = {"strides": "v1"} if info.get("strides") == "v1" else {"format": "pt"}
     directory.write("model.safetensors", to_safetensors(weights, metadata))
 
     def correct(name: str) -> int:

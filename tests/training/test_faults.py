@@ -292,17 +292,17 @@ def stop_after(monkeypatch, nth, number=signal.SIGINT):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system sends no such signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", StopRequest.SIGNALS)
 @pytest.mark.parametrize("nth", [1, 3, 5, 7])
 def test_a_stop_is_saved_and_resumed_as_if_never_stopped(small_data, tmp_path, monkeypatch, nth, number, said):
     mine = recipe(checkpoint_steps=0)
     fit(mine, small_data, tmp_path / "whole")
-    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(each) for each in StopRequest.SIGNALS]
     with monkeypatch.context() as patch:
         stop_after(patch, nth, number)
         with pytest.raises(KeyboardInterrupt):
             fit(mine, small_data, tmp_path / "my run")
-    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(each) for each in StopRequest.SIGNALS] == before
     assert said[-2].startswith(f"{number.name}: stopping after this step")
     assert said[-1].startswith(
         f"Stopped after epoch {(nth - 1) // 5}, step {(nth - 1) % 5 + 1}, and saved. Resume with:"
@@ -322,6 +322,18 @@ def test_a_stop_is_saved_also_where_nothing_can_be_printed(small_data, tmp_path,
     with pytest.raises(KeyboardInterrupt):
         fit(recipe(checkpoint_steps=0), small_data, tmp_path / "run")
     assert [file.name[:23] for file in (tmp_path / "run" / "checkpoint").iterdir()] == ["epoch-00000-step-000000"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system sends no such signal")
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert request.name is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_ctrl_c_stops_at_once(small_data, tmp_path, monkeypatch):

@@ -298,3 +298,13 @@ def test_the_average_is_what_is_scored_and_kept(small_data, tmp_path, monkeypatc
     found = weights(tmp_path / "run")
     assert all(torch.equal(found[name], kept["ema"][name]) for name in found)
     assert not torch.equal(found["fc.weight"], kept["model"]["fc.weight"])
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda run: (run / "model.safetensors").unlink(), lambda run: (run / "metrics.json").write_text("{")]
+)
+def test_a_finished_run_that_lost_a_file_is_finished_again_from_its_checkpoint(whole, small_data, tmp_path, damage):
+    shutil.copytree(whole, tmp_path / "run")
+    damage(tmp_path / "run")
+    fit(recipe(), small_data, tmp_path / "run", resume=True)
+    same_run(tmp_path / "run", whole)
