@@ -168,7 +168,7 @@ def test_resume_with_other_code_is_refused_with_the_difference(whole, small_data
     with pytest.raises(TrainingError, match=f"cannot resume .*{words}.*--accept-changes.*start anew in another folder"):
         fit(recipe(), small_data, path, resume=True)
     (path / "metrics.json").write_text((whole / "metrics.json").read_text())
-    for name in ("history.csv", "test_logits.npz"):
+    for name in ("history.csv", "test_logits.npz", "model.safetensors"):
         shutil.copy(whole / name, path)
     assert fit(recipe(), small_data, path, resume=True).accuracy  # a finished run is only loaded
 
