@@ -244,31 +244,35 @@ def course(
 def _prepare(parameters: Mapping[str, Any]) -> None:
     """Fetch data and weights before the notebooks need them, and say what will be trained and how long that takes."""
     from cifar_ft.data import fetch_cifar10
-    from cifar_ft.models import resolve_backbone
     from cifar_ft.recipes import get_recipe
     from cifar_ft.training import estimate_seconds, keep_memory
 
     recipe = get_recipe(parameters["RECIPE"], parameters["OVERRIDES"])
     fetch_cifar10(parameters["DATA_ROOT"] or None)
     if recipe.weights == "imagenet":
-        _fetch_weights(recipe.backbone)
-    if recipe.weights not in ("imagenet", "none") or (Path(parameters["RUN_DIR"]) / "metrics.json").exists():
+        backbone = _fetch_weights(recipe.backbone)
+    elif recipe.weights == "none":
+        backbone = "resnet50" if recipe.backbone == "auto" else recipe.backbone
+    else:  # a file's network shows when it is read
         return
-    backbone = resolve_backbone(recipe.backbone) if recipe.weights == "imagenet" else recipe.backbone
+    if (Path(parameters["RUN_DIR"]) / "metrics.json").exists():
+        return
     keep_memory()
-    minutes = estimate_seconds(recipe, "resnet50" if backbone == "auto" else backbone) / 60
+    minutes = estimate_seconds(recipe, backbone) / 60
     log.info(
         f"Notebook 04 will train {backbone}, which takes about {max(1, round(minutes))} min on this machine, by a few "
         "timed steps (another network: -p OVERRIDES=backbone=NAME, with efficientnet_lite0, resnet18 or resnet50)\n"
     )
 
 
-def _fetch_weights(backbone: str) -> None:
+def _fetch_weights(backbone: str) -> str:
+    """Fetch the weights of a backbone, and give its name: of "auto", what that means here."""
     from cifar_ft.models import fetch_weights, resolve_backbone
 
     backbone = resolve_backbone(backbone)
     weights = fetch_weights(backbone)
     log.info(f"Weights: {backbone}, {weights.name}, from {weights.source}")
+    return backbone
 
 
 @app.command()
