@@ -8,6 +8,7 @@ again, also with the folder copied elsewhere, the parts that are done are not re
 from __future__ import annotations
 
 import gc
+import io
 import itertools
 import json
 import subprocess
@@ -25,6 +26,7 @@ from cifar_ft import CifarFtError, log, models, transforms
 from cifar_ft.data import Split, TrainLoader, load_cifar10
 from cifar_ft.files import write_atomic
 from cifar_ft.recipes import Recipe, get_recipe
+from cifar_ft.results import REDRAWN
 from cifar_ft.training import (
     Replay,
     RunDirectory,
@@ -162,7 +164,7 @@ def resume() -> dict:
             steps(first, split, step)
             state = first.state()
             second = begin(recipe)
-            second.restore(json_free(state))
+            second.restore(stored(state))
             while second.epoch < 2:
                 steps(second, split)
             found[f"{name}, epoch {epoch + 1} step {step}"] = same(whole, second)
@@ -170,10 +172,8 @@ def resume() -> dict:
     return found
 
 
-def json_free(state: dict) -> dict:
+def stored(state: dict) -> dict:
     """What a checkpoint gives back."""
-    import io
-
     torch.save(state, buffer := io.BytesIO())
     return torch.load(io.BytesIO(buffer.getvalue()), map_location="cpu", weights_only=True)
 
@@ -372,10 +372,11 @@ def speed(names: str = "", images: int = 11_520, rounds: int = 3) -> dict:
 # Whole runs, as a user starts them.
 
 
-def run(name: str, out: Path, **overrides) -> dict:
-    """A recipe trained by `fit`; an interrupted one is resumed."""
+def run(name: str, out: Path) -> dict:
+    """A recipe, or one of the redrawn runs, trained by `fit`; an interrupted one is resumed."""
+    recipe, changes, _ = REDRAWN.get(name, (name, "", ""))
     start = time.perf_counter()
-    done = fit(get_recipe(name, overrides), load_cifar10(), out / "runs" / name, resume=True)
+    done = fit(get_recipe(recipe, changes), load_cifar10(), out / "runs" / name, resume=True)
     keys = ("test_accuracy", "test_accuracy_ci95", "val_accuracy", "train_seconds", "images_per_second", "weights")
     row = {key: done.metrics.get(key) for key in keys}
     return {**row, "wall_seconds": time.perf_counter() - start, "history": done.history.to_dict("list")}
@@ -396,10 +397,7 @@ PARTS: dict[str, tuple[Callable[[Path], dict], int]] = {  # with the seconds tha
     "speed": (lambda out: speed(images=5760, rounds=2), 120),
     "reference_b64": (lambda out: run("reference_b64", out), 60),
     "reference_b32_cosine": (lambda out: run("reference_b32_cosine", out), 60),
-    "untouched_one_cycle": (
-        lambda out: run("modern", out / "untouched", image_size=32, batch_size=32, epochs=60),
-        60,
-    ),
+    "untouched_one_cycle": (lambda out: run("untouched_one_cycle", out), 60),
 }
 
 

@@ -141,7 +141,7 @@ def resolve_backbone(backbone: str) -> str:
 @functools.cache  # a process tries only once
 def _auto() -> tuple[str, str]:
     if choose_device().type == "cpu":
-        return "efficientnet_lite0", "there is no GPU here (backbone=resnet50 trains ResNet-50 all the same)"
+        return "efficientnet_lite0", "the CPU computes here (backbone=resnet50 trains ResNet-50 all the same)"
     try:
         return "resnet50", f"its ImageNet weights are here ({fetch_weights('resnet50').source})"
     except SourceError as error:

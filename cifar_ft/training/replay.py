@@ -87,14 +87,15 @@ class Replay:
 @contextmanager
 def _capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Say to an optimiser that asks for it that its step may be recorded: the fused ones do all on the GPU."""
-    before = [dict(group) for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group.update({"capturable": True} if "capturable" in group else {})
+    groups = [group for group in optimizer.param_groups if "capturable" in group]
+    before = [group["capturable"] for group in groups]
+    for group in groups:
+        group["capturable"] = True
     try:
         yield
     finally:
-        for group, values in zip(optimizer.param_groups, before, strict=True):
-            group.update({"capturable": values["capturable"]} if "capturable" in values else {})
+        for group, value in zip(groups, before, strict=True):
+            group["capturable"] = value
 
 
 @contextmanager

@@ -306,7 +306,7 @@ def test_lite0_without_its_package_or_with_a_changed_one_says_so(server, monkeyp
 
 def test_auto_on_a_cpu_is_the_quicker_network_and_fetches_nothing(server, said):
     assert resolve_backbone("auto") == "efficientnet_lite0"
-    assert said[-1].startswith("backbone auto: efficientnet_lite0, because there is no GPU here (backbone=resnet50 ")
+    assert said[-1].startswith("backbone auto: efficientnet_lite0, because the CPU computes here (backbone=resnet50 ")
     assert server.requests == []
 
 
