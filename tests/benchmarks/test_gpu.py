@@ -1,13 +1,16 @@
 """The benchmarks of a GPU, with a CPU and a stand-in for recording in its place."""
 
 import json
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from tiny_runs import recipe
 
 from benchmarks import gpu
 from cifar_ft import CifarFtError
+from cifar_ft.recipes import get_recipe
 from cifar_ft.training import Replay
 
 
@@ -56,6 +59,23 @@ def test_parts_are_done_once_in_order_while_there_is_time(tmp_path, monkeypatch,
     gpu.everything(1, tmp_path)
     assert begun == ["c"]  # a is done, and for b too little is left
     assert capsys.readouterr().out.splitlines() == ["a: done", "b: no time left"]
+
+
+def test_each_run_is_the_recipe_of_its_name_or_the_redrawn_run(tmp_path, monkeypatch):
+    trained = {}
+
+    def fit(mine, data, path, resume):
+        trained[path.name] = mine
+        return SimpleNamespace(metrics={}, history=pd.DataFrame())
+
+    monkeypatch.setattr(gpu, "fit", fit)
+    monkeypatch.setattr(gpu, "load_cifar10", lambda: None)
+    for name in gpu.RUNS:
+        gpu.PARTS[name][0](tmp_path)
+    assert list(trained) == list(gpu.RUNS)
+    assert trained["modern"] == get_recipe("modern")
+    assert trained["untouched_one_cycle"].image_size == 64
+    assert trained["untouched_one_cycle"].schedule == "one_cycle"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
