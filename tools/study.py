@@ -77,24 +77,19 @@ def ablations(
 
 @app.command()
 def redrawn(
-    weights: Annotated[
-        str, typer.Option(help='"imagenet" (torchvision\'s), or a file of them for ResNet-50, whole or up to layer3.')
-    ] = "imagenet",
     epochs: Annotated[int, typer.Option(help="The same for all of them.")] = 3,
     names: Annotated[list[str], typer.Option("--name", help="Some of them; default: all. Repeatable.")] = (),
     overrides: Overrides = (),
     out: Annotated[Path, typer.Option(parser=full_path, help="Folder of the results.")] = ROOT / "results" / "redrawn",
 ) -> None:
-    """Train the published recipe and its variants on ResNet-50 cut after stage 3 (--set last_stage=none: whole)."""
+    """Train the published recipe and its variants, all for the same number of epochs."""
     for name in names:
         if name not in REDRAWN:
             raise typer.BadParameter(unknown("name", name, REDRAWN))
-    if weights != "imagenet" and not full_path(weights).is_file():
-        raise typer.BadParameter(f"there is no file {weights!r}; give a file of weights, or imagenet")
     get_recipe("reference_b32", list(overrides))
     data = load_cifar10()
     for name in names or REDRAWN:
-        redraw(name, data, out / name, weights=weights, epochs=epochs, settings=" ".join(overrides))
+        redraw(name, data, out / name, epochs, " ".join(overrides))
 
 
 @app.command()
@@ -181,26 +176,23 @@ def run_ablations(data: Cifar10, path: Path, seeds: Iterable[int], base: str = B
             append_row(path, {"changes": changes, "seed": seed, **found})
 
 
-def redraw(name: str, data: Cifar10, out: Path, *, weights: str | Path, epochs: int, settings: str = "") -> Run:
+def redraw(name: str, data: Cifar10, out: Path, epochs: int, settings: str = "") -> Run:
     """Train one of `REDRAWN`, and keep its curves and figures in `out`, without weights and logits.
 
     The run itself stays below `files.runs_root()`, and is resumed when it was interrupted.
 
     Parameters
     ----------
-    weights : "imagenet", or path
-        ImageNet weights of ResNet-50: those of torchvision, or a file of them, whole or up to layer3.
     epochs : int
         The same for all that are to be compared; `reference_b32_cosine` is a cosine over so many.
     settings : str
-        Further changes, such as "last_stage=none" for the whole network.
+        Further changes of the recipe.
     """
     base, changes, _ = REDRAWN[name]
-    common = {"last_stage": 3, "epochs": epochs, "weights": str(weights), "precision": "auto"}
+    common = {"epochs": epochs, "precision": "auto"}
     recipe = get_recipe(base, common | parse_overrides(changes) | parse_overrides(settings))
-    network = "whole" if recipe.last_stage is None else f"cut-after-stage-{recipe.last_stage}"
     # One level below the runs that predictions and notebook 05 look for: none of these is meant to be used.
-    folder = runs_root() / "redrawn" / f"{name}-{network}-{epochs}-epochs"
+    folder = runs_root() / "redrawn" / f"{name}-{epochs}-epochs"
     run = training.fit(recipe, data, folder, resume=(folder / "config.json").exists())
     publish_run(run, out, ("config.json", "history.csv", "metrics.json"))
     return run

@@ -52,8 +52,7 @@ ABLATIONS: dict[str, dict[str, str]] = {
         "the published std": "normalization=cifar10_published",
     },
 }
-# The published recipe on ResNet-50 cut after its third stage (C4), in which all but stem and head can be pretrained
-# from a file that lacks layer4. Name: the recipe, what is changed in it, and what that is in words.
+# The published recipe and what is asked of it. Name: the recipe, what is changed in it, and what that is in words.
 REDRAWN: dict[str, tuple[str, str, str]] = {
     "reference_b32": ("reference_b32", "", "batch 32, constant lr, as published"),
     "reference_b64": ("reference_b64", "", "batch 64"),
@@ -150,7 +149,7 @@ def redrawn_table(redrawn: Mapping[str, tuple[pd.DataFrame, dict]]) -> pd.DataFr
     log = published_log()
     log = log[log.epoch <= max(history.epoch.max() for history, _ in redrawn.values())]
     interval = wilson_interval(round(10_000 * log.test_accuracy.iloc[-1]), 10_000)
-    rows.append(row("published log, whole ResNet-50", log, interval, None))
+    rows.append(row("published log", log, interval, None))
     columns = ("run", "epochs", "first_epoch", "test_accuracy", "train_accuracy", "last_lr", "low", "high", "minutes")
     return pd.DataFrame(rows, columns=columns)
 

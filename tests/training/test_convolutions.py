@@ -145,6 +145,16 @@ def test_full_convolutions_as_matrix_products_are_the_plain_layer_at_every_size(
 
 
 @pytest.mark.parametrize(("backbone", "strides"), [("resnet18", "v1.5"), ("resnet50", "v1.5"), ("resnet50", "v1")])
+def test_without_gradients_a_resnet_is_products_of_whole_batches_too(backbone, strides):
+    model = speed_up(create_backbone(backbone, strides).eval()).to(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch.profiler.profile() as profile:
+        model(images)
+    assert "aten::mm" in (names := {event.key for event in profile.key_averages()})
+    assert "aten::bmm" not in names  # one product, and one copy of the weights, for each row of each image
+
+
+@pytest.mark.parametrize(("backbone", "strides"), [("resnet18", "v1.5"), ("resnet50", "v1.5"), ("resnet50", "v1")])
 def test_a_whole_resnet_keeps_its_outputs_and_gradients(backbone, strides):
     torch.manual_seed(0)
     plain = create_backbone(backbone, strides).double().train()
