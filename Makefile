@@ -1,4 +1,4 @@
-# make course: the six notebooks, start to end.  make help: the rest.
+# make course: the notebooks, start to end.  make help: the rest.
 PYTHON   ?= python3
 RECIPE   ?= quick
 ARGS     ?=
@@ -14,7 +14,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## */  make \1@/p' Makefile | awk -F@ '{ printf "%-17s %s\n", $$1, $$2 }'
 	@echo 'Variables: RECIPE=quick  ARGS="-p SEED=1"  PYTHON=python3.12  PIP_ARGS="..." (for pip install)'
 
-course: $(READY)  ## run the six notebooks; RECIPE=quick, ARGS for more options
+course: $(READY)  ## run the notebooks; RECIPE=quick, ARGS for more options
 	$(RUN) -m cifar_ft course --recipe $(RECIPE) $(ARGS)
 
 lab: $(READY)  ## open the notebooks in JupyterLab

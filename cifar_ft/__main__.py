@@ -233,7 +233,7 @@ def course(
     ] = (),
     out: Out = None,
 ) -> None:
-    """Run the six notebooks end to end and print what came out."""
+    """Run the notebooks end to end and print what came out."""
     from cifar_ft.course import run_course
 
     given = ([f"RECIPE={recipe}"] if recipe else []) + list(parameters)

@@ -99,7 +99,7 @@ def runs_table(folder: Path) -> str:
         "device",
     )
     seconds = _json(folder / "quick" / "course.json")["total_seconds"]
-    return table(columns, rows) + f"\n\nAll six notebooks, with the training of `quick`: {seconds / 60:.0f} min."
+    return table(columns, rows) + f"\n\nAll notebooks, with the training of `quick`: {seconds / 60:.0f} min."
 
 
 def shipped_table(folder: Path) -> str:

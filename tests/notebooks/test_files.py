@@ -19,7 +19,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 BROKEN = Path(__file__).resolve().parent / "broken"
 
 
-def test_the_six_notebooks_are_there():
+def test_the_notebooks_are_there():
     assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == list(course.NOTEBOOKS)
 
 

@@ -1,4 +1,4 @@
-"""Promise: the six notebooks run start to end, and what their checked cells show is what a fresh run gives.
+"""Promise: the notebooks run start to end, and what their checked cells show is what a fresh run gives.
 
 `python -m cifar_ft course --recipe smoke` runs them once. The cells tagged nbval-check-output are then compared with
 what is committed, as nbval does; nbval itself, which is what a reader would use, runs on one of them.

@@ -30,7 +30,7 @@ from tools.record import READING, TRAINING, export_shipped
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """A checkout of six small notebooks, whose report is not written."""
+    """A checkout of small notebooks, whose report is not written."""
     (tmp_path / "notebooks").mkdir()
     for name in (*TRAINING, *READING):
         cells = [new_code_cell('RUN_DIR: str = ""', metadata={"tags": ["parameters"]}), new_code_cell("f()")]
@@ -48,7 +48,7 @@ def printed(root, names) -> set[str]:
 
 
 def ran(root: Path, out: Path, text: str) -> None:
-    """What a course run of all six notebooks leaves in `out`, whose last cells printed `text`."""
+    """What a course run of all notebooks leaves in `out`, whose last cells printed `text`."""
     shutil.copytree(root / "notebooks", out)
     for path in out.glob("*.ipynb"):
         notebook = nbformat.read(path, 4)
