@@ -75,3 +75,20 @@ def interrupted(patch, data, path, nth, resume=False, accept_changes=False, **ov
         with pytest.raises(Crash):
             fit(recipe(**overrides), data, path, resume=resume, accept_changes=accept_changes)
     assert not (path / "metrics.json").exists()
+
+
+def write_run(path, *, recipe=None, seed=0, shift=3.0, seconds=120.0):
+    """Write the folder of a finished run of two epochs on 200 images; it is right the more often the larger `shift`."""
+    rng = np.random.default_rng(seed)
+    recipe = recipe or get_recipe("quick", {"seed": seed})
+    labels = np.arange(200) % 10
+    logits = rng.normal(0, 1, (200, 10)).astype(np.float32)
+    logits[np.arange(200), labels] += shift
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps({"recipe": recipe.to_dict()}))
+    columns = "epoch,train_loss,train_accuracy,val_loss,val_accuracy,test_loss,test_accuracy,lr,seconds"
+    (path / "history.csv").write_text(f"{columns}\n1,1.2,0.6,0.9,0.7,,,0.1,9\n2,0.8,0.7,0.7,0.8,,,0.05,9\n")
+    np.savez(path / "test_logits.npz", logits=logits, labels=labels)
+    metrics = {"recipe": recipe.name, "backbone": "resnet50", "epochs": 2, "seed": seed, "train_seconds": seconds}
+    (path / "metrics.json").write_text(json.dumps(metrics))
+    return path

@@ -1,15 +1,16 @@
 """Chapter 05: runs on disk, metrics with their uncertainty, comparisons."""
 
+from cifar_ft.results.comparison import compare_runs, difference_test, paired_test, recorded_seeds
 from cifar_ft.results.metrics import (
     ResultError,
     accuracy_text,
     calibration,
     confusion,
-    difference_test,
     energy,
     fit_calibration,
     fit_temperature,
     most_confident_mistakes,
+    most_confused,
     per_class_accuracy,
     selective_accuracy,
     wilson_interval,
@@ -20,7 +21,6 @@ from cifar_ft.results.runs import (
     SHIPPED_RUN,
     Run,
     RunError,
-    compare_runs,
     find_runs,
     load_run,
     newest_run,

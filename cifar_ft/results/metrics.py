@@ -1,4 +1,4 @@
-"""Metrics with their uncertainty: intervals, tests of differences, confusion, calibration.
+"""Metrics with their uncertainty: intervals, confusion, calibration.
 
 All functions take plain arrays of labels, predictions or probabilities; none knows a model or a run.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -43,28 +44,6 @@ def accuracy_text(correct: int, total: int) -> str:
     return f"{100 * correct / total:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-class Difference(NamedTuple):
-    """Outcome of `difference_test`: fractions, then the z score and its two-sided p value."""
-
-    difference: float
-    standard_error: float
-    z: float
-    p: float
-
-
-def difference_test(acc_a: float, acc_b: float, n: int) -> Difference:
-    """Two-proportion z test (pooled): could accuracies `acc_a`, `acc_b` on `n` images each be one accuracy?
-
-    It knows only the two numbers, as a reader of a README does. Accuracies are fractions.
-    """
-    if not (0 <= acc_a <= 1 and 0 <= acc_b <= 1 and n >= 1):
-        raise ResultError(f"acc_a={acc_a}, acc_b={acc_b}, n={n}: need fractions from 0 to 1, n > 0")
-    pooled, difference = (acc_a + acc_b) / 2, acc_a - acc_b
-    error = math.sqrt(2 * pooled * (1 - pooled) / n)
-    z = difference / error if error > 0 else 0.0
-    return Difference(difference, error, z, math.erfc(abs(z) / math.sqrt(2)))
-
-
 def checked_classes(values: Any, name: str, classes: int, n: int | None = None) -> np.ndarray:
     """Class numbers as int64 [N], or a ResultError; `n` is the length that another array demands."""
     array = np.asarray(values)
@@ -97,6 +76,19 @@ def confusion(labels: Any, predictions: Any, classes: int = 10) -> np.ndarray:
     labels = checked_classes(labels, "labels", classes)
     predictions = checked_classes(predictions, "predictions", classes, len(labels))
     return multiclass_confusion_matrix(torch.from_numpy(predictions), torch.from_numpy(labels), classes).numpy()
+
+
+def most_confused(matrix: Any, class_names: Sequence[str] = CLASSES, k: int = 5) -> pd.DataFrame:
+    """The `k` pairs of classes that are confused most, either way: columns class, other, confusions, share.
+
+    `matrix` is that of `confusion`; share is the part of all errors.
+    """
+    errors = np.asarray(matrix) * (1 - np.eye(len(class_names), dtype=int))
+    rows = [
+        (class_names[a], class_names[b], errors[a, b] + errors[b, a]) for a, b in combinations(range(len(errors)), 2)
+    ]
+    frame = pd.DataFrame(rows, columns=["class", "other", "confusions"]).nlargest(k, "confusions")
+    return frame.assign(share=frame.confusions / max(errors.sum(), 1)).reset_index(drop=True)
 
 
 def per_class_accuracy(labels: Any, predictions: Any, class_names: Sequence[str] = CLASSES) -> pd.DataFrame:

@@ -40,21 +40,6 @@ def test_accuracy_is_printed_with_its_interval():
     assert results.accuracy_text(9120, 10000) == "91.2 % [90.6, 91.7]"
 
 
-def test_difference_of_the_published_figures():
-    far = results.difference_test(0.9312, 0.8834, 10_000)  # headline against the last line of the log
-    assert far.z == pytest.approx(11.7, abs=0.05)
-    assert far.p < 1e-20
-    near = results.difference_test(0.9345, 0.9312, 10_000)  # batch 64 against batch 32
-    assert near.difference == pytest.approx(0.0033)
-    assert near.p > 0.3
-    assert results.difference_test(0.5, 0.5, 10).p == 1
-    assert results.difference_test(1, 1, 10).p == 1
-    half = 1.959964 * math.sqrt(0.5 / 1000) / 2
-    assert results.difference_test(0.5 + half, 0.5 - half, 1000).p == pytest.approx(0.05, abs=1e-4)
-    with pytest.raises(ResultError, match=r"93\.12"):
-        results.difference_test(93.12, 88.34, 10_000)  # per cent instead of fractions
-
-
 @pytest.fixture
 def scored():
     rng = np.random.default_rng(0)
@@ -71,6 +56,15 @@ def test_confusion_counts_each_image_in_the_row_of_its_true_class(scored):
     assert matrix.sum(axis=1).tolist() == np.bincount(labels, minlength=10).tolist()
     assert matrix.sum(axis=0).tolist() == np.bincount(predictions, minlength=10).tolist()
     assert results.confusion([0, 0, 1], [2, 2, 1])[0, 2] == 2
+
+
+def test_the_pairs_confused_most_count_both_ways():
+    matrix = np.array([[50, 3, 1], [4, 40, 0], [5, 0, 60]])
+    frame = results.most_confused(matrix, ["cat", "dog", "car"], k=2)
+    assert frame.to_dict("list") == {
+        "class": ["cat", "cat"], "other": ["dog", "car"], "confusions": [7, 6], "share": [7 / 13, 6 / 13],
+    }  # fmt: skip
+    assert results.most_confused(np.diag([5, 5]), ["a", "b"])["share"].tolist() == [0]
 
 
 def test_per_class_accuracy_reads_the_diagonal_and_leaves_absent_classes_open():
