@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_runs import recipe
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_checks, gpu_works
 from cifar_ft import CifarFtError
 from cifar_ft.recipes import get_recipe
 from cifar_ft.training import Replay
@@ -22,33 +22,37 @@ class FakeGraph:
 @pytest.fixture
 def small(monkeypatch, one_thread):
     """One small case, on the CPU, recorded by the stand-in."""
-    monkeypatch.setattr(gpu, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(gpu_works, "device", lambda: torch.device("cpu"))
     for name in ("synchronize", "empty_cache", "set_sync_debug_mode"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     monkeypatch.setattr(Replay, "capture", staticmethod(FakeGraph))
-    monkeypatch.setattr(gpu, "CASES", {"small": recipe(batch_size=8, train_sizes=(16, 24), checkpoint_steps=0)})
-    begin = gpu.begin
+    monkeypatch.setattr(gpu_checks, "CASES", {"small": recipe(batch_size=8, train_sizes=(16, 24), checkpoint_steps=0)})
+    begin = gpu_works.begin
 
     def begin_recording(mine, record=True):
         training = begin(mine, record)
         training.replay.batch_size = mine.batch_size if record else 0
         return training
 
-    monkeypatch.setattr(gpu, "begin", begin_recording)
+    monkeypatch.setattr(gpu_checks, "begin", begin_recording)
 
 
 def test_the_checks_hold_where_steps_are_only_repeated(small):
-    assert gpu.exact()["small"] == {"recorded": True, "replayed_equals_eager": True, "replayed_equals_itself": True}
-    assert set(gpu.resume().values()) == {True}
-    assert gpu.no_waiting() == {"small": "none"}
+    assert gpu_checks.exact()["small"] == {
+        "recorded": True,
+        "replayed_equals_eager": True,
+        "replayed_equals_itself": True,
+    }
+    assert set(gpu_checks.resume().values()) == {True}
+    assert gpu_checks.no_waiting() == {"small": "none"}
 
 
 def test_a_difference_of_a_bit_is_seen(small):
-    one, other = gpu.begin(gpu.CASES["small"]), gpu.begin(gpu.CASES["small"])
-    assert gpu.same(one, other)
+    one, other = gpu_checks.begin(gpu_checks.CASES["small"]), gpu_checks.begin(gpu_checks.CASES["small"])
+    assert gpu_checks.same(one, other)
     with torch.no_grad():
         next(other.model.parameters()).mul_(1.0001)
-    assert not gpu.same(one, other)
+    assert not gpu_checks.same(one, other)
 
 
 def test_parts_are_done_once_in_order_while_there_is_time(tmp_path, monkeypatch, capsys):
@@ -81,4 +85,4 @@ def test_each_run_is_the_recipe_of_its_name_or_the_redrawn_run(tmp_path, monkeyp
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_that_is_said():
     with pytest.raises(CifarFtError, match="no NVIDIA GPU"):
-        gpu.device()
+        gpu_works.device()
