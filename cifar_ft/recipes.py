@@ -76,6 +76,7 @@ class Recipe(BaseModel):
     crop_padding: Int = Field(4, ge=0, le=16)
     flip: Flag = True
     cutout: Int = Field(0, ge=0, le=32)  # side of a square of mean colour, in pixels of the 32-pixel image; 0: none
+    degrade: Float = Field(0.0, ge=0, le=1)  # share of the training images that are blurred or made noisy, at random
     train_images: Annotated[Int | None, OrNone] = Field(None, ge=10, le=50_000)
     val_images: Annotated[Int | None, OrNone] = Field(None, ge=10, le=5_000)
     test_images: Annotated[Int | None, OrNone] = Field(None, ge=10, le=10_000)

@@ -33,7 +33,7 @@ PUBLISHED = {  # what the public code of the published recipe does, field by fie
     "epochs": 60, "batch_size": 32, "head_fit_images": 0, "lr": 0.01, "head_lr_factor": 1.0, "momentum": 0.9,
     "nesterov": False, "weight_decay": 5e-4, "schedule": "constant", "label_smoothing": 0.0, "ema_decay": 0.0,
     "select": "last", "track_test": True, "flip_tta": False, "precision": "fp32", "checkpoint_steps": 0, "seed": 0,
-    "accumulation": 1, "compile": False, "freeze_batchnorm": False, "optimizer": "sgd",
+    "accumulation": 1, "compile": False, "freeze_batchnorm": False, "optimizer": "sgd", "degrade": 0.0,
 }  # fmt: skip
 
 

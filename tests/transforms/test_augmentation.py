@@ -1,15 +1,19 @@
-"""Augmentation: torchvision's crop and flip, on whole batches, drawn alike; and cutout."""
+"""Augmentation: torchvision's crop and flip, on whole batches, drawn alike; cutout; blur and noise."""
 
+import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as tv
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
 
 from cifar_ft.recipes import RECIPES, get_recipe
 from cifar_ft.transforms import (
     NORMALIZATIONS,
+    blur,
     cut_out,
+    degrade,
     denormalize,
     draw,
     eval_transform,
@@ -65,7 +69,7 @@ def limit(degrees):
 
 
 def test_draws_are_uniform_and_independent_as_of_randomcrop_and_randomhorizontalflip():
-    offsets, flips, _ = draw(162 * 300, 4, seeded())
+    offsets, flips, *_ = draw(162 * 300, 4, seeded())
     assert offsets.min() == 0
     assert offsets.max() == 8
     cells = (offsets[:, 0] * 9 + offsets[:, 1]) * 2 + flips
@@ -152,5 +156,56 @@ def test_cutouts_fall_everywhere_alike_and_only_where_the_recipe_asks(samples):
     assert covered[0, 0] == pytest.approx((6 / 32) ** 2, abs=0.01)  # squares hang over the edges
     plain = train_transform(get_recipe("quick"))
     draws = draw(len(samples), 4, seeded())
-    elsewhere = (*draws[:2], 1 - draws[2])
+    elsewhere = (*draws[:2], 1 - draws[2], draws[3])
     assert torch.equal(plain(samples.images, draws=draws), plain(samples.images, draws=elsewhere))
+
+
+@pytest.mark.parametrize("sigma", [0.4, 0.7, 1.0])
+def test_a_blur_is_scipys_whether_for_all_images_or_for_each(samples, sigma):
+    images = samples.images[:6]
+    expected = gaussian_filter(images.double().numpy(), (0, 0, sigma, sigma), mode="nearest", truncate=4 / sigma)
+    assert np.abs(blur(images, sigma).numpy() - expected).max() < 0.51  # rounded
+    each = blur(images, torch.tensor([sigma, 0, sigma, 0, 0, 0]))
+    assert torch.equal(each[::2], torch.stack([blur(images, sigma)[0], blur(images, sigma)[2], images[4]]))
+    assert torch.equal(each[1::2], images[1::2])
+    assert torch.equal(blur(images, 0), images)
+
+
+def test_as_many_images_as_asked_are_degraded_half_of_them_blurred_half_noisy():
+    flat, striped = torch.full((4000, 3, 32, 32), 128, dtype=torch.uint8), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    chances = draw(4000, 4, seeded())[3]
+    noise = degrade(flat, chances, 0.5).float() - 128
+    noisy = noise.flatten(1).any(1)
+    assert noisy.float().mean() == pytest.approx(0.25, abs=0.03)
+    assert noise.mean().abs() < 0.1
+    strength, deviations = chances[noisy, 1], noise[noisy].flatten(1).std(1)
+    assert (deviations - 25 * strength).abs().max() < 2  # up to 25 grey levels
+    striped[..., ::4] = 200
+    changed = (degrade(striped.expand(4000, -1, -1, -1), chances, 0.5) != striped).flatten(1).any(1)
+    strong = chances[:, 1] > 0.4  # the weakest blur changes nothing
+    assert torch.equal((changed & ~noisy)[strong], (chances[:, 0] < 0.25)[strong])
+    assert torch.equal(degrade(flat, chances, 1e-9), flat)
+
+
+def test_noise_is_white_and_another_one_for_each_image():
+    chances = torch.tensor([[0.9, 1.0, 0.1, 0.2], [0.9, 1.0, 0.5, 0.2], [0.9, 1.0, 0.1, 0.9], [0.9, 1.0, 1.0, 1.0]])
+    chances[3, 2:] = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))  # the last window still fits
+    noise = degrade(torch.full((4, 3, 32, 32), 128, dtype=torch.uint8), chances, 1.0).flatten(1).double() - 128
+    assert torch.corrcoef(noise).fill_diagonal_(0).abs().max() < 0.1
+    colours = torch.corrcoef(noise.view(4, 3, -1).transpose(0, 1).flatten(1))
+    assert colours.fill_diagonal_(0).abs().max() < 0.1
+
+
+def test_a_recipe_that_degrades_draws_all_else_as_one_that_does_not(samples):
+    first = [each.clone() for each in draw(64, 4, seeded(3))[:3]]
+    generator = seeded(3)  # what draw() drew before there was `degrade`, which the weights of recorded runs rest on
+    before = torch.randint(0, 9, (64, 2), generator=generator), torch.rand(64, generator=generator) < 0.5
+    assert all(map(torch.equal, first, (*before, torch.rand(64, 2, generator=generator))))
+    settings = "crop_padding=0 flip=false image_size=32 normalization=cifar10"
+    plain, degraded = (train_transform(get_recipe("smoke", f"{settings} degrade={share}")) for share in (0, 0.4))
+    draws = draw(200, 4, seeded())
+    same = (plain(samples.images, draws=draws) == degraded(samples.images, draws=draws)).flatten(1).all(1)
+    chance, strength = draws[3][:, 0], draws[3][:, 1]
+    assert same[chance >= 0.4].all()
+    assert not same[(chance < 0.4) & (strength > 0.3)].any()  # the weakest change nothing
+    assert torch.equal(plain(samples.images, draws=draws), eval_transform(plain.recipe)(samples.images))
