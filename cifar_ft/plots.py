@@ -199,15 +199,24 @@ def _curve(ax: Axes, frame: pd.DataFrame, column: str, **look: Any) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
 
 
-def _curves(histories: Mapping[str, pd.DataFrame], published: pd.DataFrame | None, what: str, ylabel: str) -> Figure:
-    """Draw `train_`, `val_` and `test_` + `what` of every history that has them; train is solid."""
+def _curves(
+    histories: Mapping[str, pd.DataFrame],
+    published: pd.DataFrame | None,
+    what: str,
+    ylabel: str,
+    steps: Mapping[str, pd.DataFrame] | None = None,
+) -> Figure:
+    """Draw `train_`, `val_` and `test_` + `what` of every history that has them; train is solid, `steps` replace it."""
     fig, ax = new_figure(FULL)
     looks = [("published", published, GREY, None)] if published is not None else []
     looks += [(name, frame, PALETTE[i % 4], MARKERS[i % 4]) for i, (name, frame) in enumerate(histories.items())]
     for label, frame, color, marker in looks:
         for part, name, dash in (("train", "train", "-"), ("val", "validation", "--"), ("test", "test", ":")):
             look = {"color": color, "marker": marker, "markerfacecolor": color if part == "train" else "white"}
-            _curve(ax, frame, f"{part}_{what}", linestyle=dash, label=f"{label}, {name}", **look)
+            if part == "train" and steps and len(steps.get(label, ())):
+                _step_curve(ax, steps[label], color=color, label=f"{label}, train")
+            else:
+                _curve(ax, frame, f"{part}_{what}", linestyle=dash, label=f"{label}, {name}", **look)
     ax.set(xlabel="epoch", ylabel=ylabel)
     if ax.lines:
         if ax.dataLim.width == 0:
@@ -219,7 +228,18 @@ def _curves(histories: Mapping[str, pd.DataFrame], published: pd.DataFrame | Non
     return fig
 
 
-def loss_curves(histories: Mapping[str, pd.DataFrame], published: pd.DataFrame | None = None) -> Figure:
+def _step_curve(ax: Axes, frame: pd.DataFrame, **look: Any) -> None:
+    """Draw the loss at each step, thin, and its running mean over a 25th of the rows, thick."""
+    smooth = frame.loss.rolling(max(1, len(frame) // 25), min_periods=1, center=True).mean()
+    ax.plot(frame.epoch, frame.loss, color=look["color"], linewidth=0.6, alpha=0.35)
+    ax.plot(frame.epoch, smooth, **look)
+
+
+def loss_curves(
+    histories: Mapping[str, pd.DataFrame],
+    published: pd.DataFrame | None = None,
+    steps: Mapping[str, pd.DataFrame] | None = None,
+) -> Figure:
     """Loss by epoch.
 
     Parameters
@@ -227,8 +247,10 @@ def loss_curves(histories: Mapping[str, pd.DataFrame], published: pd.DataFrame |
     histories : label -> frame with column epoch and any of train_loss, val_loss, test_loss; absent or empty
         columns are left out, a single epoch is drawn as a point.
     published : the published log, drawn in grey.
+    steps : label -> `Run.steps`; where it has rows, the training loss is drawn at each step, thin, and its running
+        mean over a 25th of them, thick, in place of its mean over each epoch.
     """
-    return _curves(histories, published, "loss", "cross-entropy loss (nats)")
+    return _curves(histories, published, "loss", "cross-entropy loss (nats)", steps)
 
 
 def accuracy_curves(histories: Mapping[str, pd.DataFrame], published: pd.DataFrame | None = None) -> Figure:

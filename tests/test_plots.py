@@ -23,6 +23,7 @@ HISTORY = pd.DataFrame(
     {"epoch": range(1, 6), "train_loss": [1.2, 0.9, 0.7, 0.6, 0.5], "val_loss": [1.0, 0.8, 0.7, 0.65, 0.6]}
 ).assign(train_accuracy=[0.5, 0.6, 0.7, 0.8, 0.9], val_accuracy=0.6, test_loss=np.nan, test_accuracy=np.nan)
 TESTED = HISTORY.assign(test_accuracy=np.linspace(0.5, 0.7, 5), test_loss=0.5)
+STEPS = pd.DataFrame({"epoch": np.arange(1, 101) / 20, "loss": np.linspace(2.3, 0.5, 100)})
 RNG = np.random.default_rng(0)
 PICTURES = RNG.integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)
 CLASS_FRAME = pd.DataFrame({"class": NAMES, "accuracy": np.linspace(0.5, 0.95, 10)})
@@ -49,7 +50,9 @@ FIGURES = {
     "prediction_grid": lambda: plots.prediction_grid(PICTURES[:2], [3, 5], [3, 3], [0.9, 0.8], NAMES),
     "prediction_figure": lambda: plots.prediction_figure(PICTURES[0], np.full(10, 0.1), NAMES, "truck"),
     "histogram_channels": lambda: plots.histogram_channels(PICTURES),
-    "loss_curves": lambda: plots.loss_curves({"quick": HISTORY, "cpu": HISTORY}, published=HISTORY),
+    "loss_curves": lambda: plots.loss_curves(
+        {"quick": HISTORY, "cpu": HISTORY}, published=HISTORY, steps={"quick": STEPS}
+    ),
     "accuracy_curves": lambda: plots.accuracy_curves({"quick": HISTORY}),
     "lines": lambda: plots.lines(TABLE, "stem", "cost", hue="kind"),
     "bars": lambda: plots.bars(TABLE, "cost", "stem", xlabel="cost (GMAC)"),
@@ -256,6 +259,22 @@ def test_curves_draw_what_is_there_and_nothing_else():
     assert lines["quick, validation"].get_linestyle() == "--"
     assert lines["published, train"].get_color() == plots.GREY
     assert set(drawn_lines(plots.loss_curves({"quick": HISTORY}))) == {"quick, train", "quick, validation"}
+
+
+def test_the_training_loss_is_drawn_by_step_where_it_is_known():
+    steps = pd.DataFrame({"epoch": np.arange(1, 101) / 20, "loss": np.tile([1.0, 3.0], 50)})
+    fig = plots.loss_curves({"quick": HISTORY, "old": HISTORY}, steps={"quick": steps, "old": steps[:0]})
+    lines = drawn_lines(fig)
+    assert set(lines) >= {"quick, train", "quick, validation", "old, train", "old, validation"}
+    assert lines["old, train"].get_ydata().tolist() == HISTORY.train_loss.tolist()
+    smooth = lines["quick, train"].get_ydata()
+    assert len(smooth) == 100
+    assert smooth[10:90] == pytest.approx(2, abs=0.01)  # the mean of 4 rows
+    (thin,) = [line for line in fig.axes[0].lines if line.get_linewidth() < 1]
+    assert thin.get_ydata().tolist() == steps.loss.tolist()
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == [
+        "quick, train", "quick, validation", "old, train", "old, validation",
+    ]  # fmt: skip
 
 
 def test_a_single_epoch_is_drawn_as_a_point_at_a_whole_epoch():

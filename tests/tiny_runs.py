@@ -38,8 +38,9 @@ def history(path):
 
 
 def same_run(one, other):
-    """Bit for bit: weights and their file, test logits, and the history apart from seconds."""
-    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    """Bit for bit: weights and their file, test logits, the loss of each step, and the history apart from seconds."""
+    for name in ("model.safetensors", "steps.csv"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
     a, b = weights(one), weights(other)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)

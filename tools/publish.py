@@ -19,7 +19,7 @@ from cifar_ft.course import CourseError, drop_widgets
 from cifar_ft.files import checkout, show_path, write_atomic
 from cifar_ft.results import Run
 
-RECORDED_FILES = ("config.json", "history.csv", "metrics.json", "test_logits.npz", "val_logits.npz")
+RECORDED_FILES = ("config.json", "history.csv", "steps.csv", "metrics.json", "test_logits.npz", "val_logits.npz")
 BASE64 = re.compile(r"base64,[A-Za-z0-9+/=\s]+")
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 EXTRA_KEYS = [

@@ -306,6 +306,7 @@ def figures(folder: Path) -> dict[str, Figure]:
     truck_probabilities = list(predictor.predict(samples.images[truck])[0].probabilities.values())
     runs = [results.load_run(path.parent) for path in sorted(folder.glob("*/metrics.json"))]
     published, history = results.published_log(), {each.recipe.name: each.history for each in runs}
+    steps = {each.recipe.name: each.steps for each in runs}
     by_class = samples.labels.argsort(stable=True).view(10, 20)[:, :10].T.flatten()  # one class a column
     speed, shipped = _json(folder / "benchmarks.json"), _json(folder / "shipped.json")
     redrawn = results.recorded_redrawn(folder / "redrawn")
@@ -321,7 +322,7 @@ def figures(folder: Path) -> dict[str, Figure]:
             samples.images[truck], truck_probabilities, CLASSES, CLASSES.index("truck")
         ),
         "sample_grid": plots.image_grid(samples.images[by_class], [*CLASSES, *[""] * 90], ncols=10),
-        "loss_curve": plots.loss_curves(history, published),
+        "loss_curve": plots.loss_curves(history, published, steps),
         "accuracy_curve": plots.accuracy_curves(history, published),
         "confusion_matrix": plots.confusion_matrix(results.confusion(run.labels, run.predictions), CLASSES),
         "per_class": plots.per_class_bars(results.per_class_accuracy(run.labels, run.predictions, CLASSES)),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -19,14 +19,16 @@ import torch
 from cifar_ft import CifarFtError, log
 from cifar_ft.files import ASSETS, PACKAGE, checkout, command, full_path, one_line, printable, runs_root, show_path
 from cifar_ft.recipes import Recipe
-from cifar_ft.results.metrics import accuracy_text, checked_classes, wilson_interval
+from cifar_ft.results.metrics import accuracy_text, checked_classes
 
 # What was measured once and is read by notebook 05: the checkout's results/, which an installed package has as a folder
 # of its own.
 RECORDED = checkout() / "results" if checkout() else PACKAGE / "recorded"
 SHIPPED_RUN = RECORDED / "cpu"  # the run of the shipped model, without its weights
 ALL_IMAGES = {"train_images": 45_000, "test_images": 10_000}  # 45,000 without those for validation
-COMPARED = ("recipe", "backbone", "epochs", "seeds", "test_accuracy", "low", "high", "std", "minutes")
+# The columns that history.csv and steps.csv must have; others of a history may be absent.
+HISTORY = {"epoch": int, "train_loss": float, "train_accuracy": float}
+STEPS = {"step": int, "epoch": float, "lr": float, "loss": float, "images": int, "image_size": int}
 
 
 class RunError(CifarFtError):
@@ -47,6 +49,16 @@ class Run:
     @cached_property
     def recipe(self) -> Recipe:
         return Recipe.from_dict(self.config["recipe"])
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """The training loss step by step, empty for a run that kept none; in a long run a row is a mean of several.
+
+        Columns step, epoch (a fraction), lr, loss (nats, the mean over the batch), images (seen so far), image_size.
+        A RunError says where the file is damaged.
+        """
+        file = self.path / "steps.csv"
+        return _read(file, partial(_table, columns=STEPS)) if file.exists() else pd.DataFrame(columns=[*STEPS])
 
     @property
     def predictions(self) -> np.ndarray:
@@ -112,7 +124,7 @@ def load_run(path: str | os.PathLike) -> Run:
             f"the run in {show_path(path)} has not finished (no metrics.json); resume it with "
             f"`{command('train', '--out', path, '--resume')}`"
         )
-    history, metrics = _read(path / "history.csv", _history), _read(path / "metrics.json", _json)
+    history, metrics = _read(path / "history.csv", _table), _read(path / "metrics.json", _json)
     return Run(path, config, history, metrics, *_read(path / "test_logits.npz", _test_logits))
 
 
@@ -135,11 +147,11 @@ def _json(path: Path) -> dict:
     return content
 
 
-def _history(path: Path) -> pd.DataFrame:
+def _table(path: Path, columns: dict[str, type] = HISTORY) -> pd.DataFrame:
     frame = pd.read_csv(path)
-    if missing := [name for name in ("epoch", "train_loss", "train_accuracy") if name not in frame]:
+    if missing := [name for name in columns if name not in frame]:
         raise ValueError(f"columns missing: {', '.join(missing)}")
-    return frame.astype(float).astype({"epoch": int})
+    return frame.astype(float).astype(columns)
 
 
 def _test_logits(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -150,33 +162,6 @@ def _test_logits(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not np.isfinite(logits).all():
         raise ValueError("logits are not finite: the training diverged; lower lr")
     return logits, checked_classes(labels, "labels", logits.shape[1], len(logits))
-
-
-def compare_runs(runs: Sequence[Run | str | os.PathLike]) -> pd.DataFrame:
-    """One row a recipe, its seeds averaged; changed settings make a row of their own and are named in it.
-
-    Returns
-    -------
-    Columns recipe, backbone, epochs, seeds (their number), test_accuracy (mean), low, high, std (over seeds,
-    NaN for one), minutes (mean). The interval is Wilson's at the mean accuracy and counts each test image
-    once, whatever the number of seeds: all of them are evaluated on the same images.
-    """
-    groups: dict[tuple, list[Run]] = {}
-    for run in (item if isinstance(item, Run) else load_run(item) for item in runs):
-        settings = {key: value for key, value in run.recipe.to_dict().items() if key not in ("seed", "name")}
-        kind = run.metrics.get("recipe"), run.metrics.get("backbone"), json.dumps(settings, sort_keys=True)
-        groups.setdefault(kind, []).append(run)
-    rows = []
-    for (name, backbone, settings), members in groups.items():
-        mine, alike = json.loads(settings), [json.loads(kind[2]) for kind in groups if kind[:2] == (name, backbone)]
-        changed = [f"{key}={mine[key]}" for key in mine if any(each[key] != mine[key] for each in alike)]
-        label = f"{name} ({', '.join(changed)})" if changed else name
-        scores, images = pd.Series([run.accuracy for run in members]), len(members[0].labels)
-        interval = wilson_interval(round(scores.mean() * images), images)
-        minutes = pd.Series([run.metrics.get("train_seconds") for run in members], dtype=float).mean() / 60
-        head = (label, backbone, members[0].metrics.get("epochs"), len(members))
-        rows.append((*head, scores.mean(), *interval, scores.std(), minutes))
-    return pd.DataFrame(rows, columns=COMPARED)
 
 
 def published_log() -> pd.DataFrame:

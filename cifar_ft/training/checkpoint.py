@@ -25,7 +25,9 @@ KEEP = 2  # checkpoints: the newest and the one to fall back to
 FREE = ("name", "checkpoint_steps", "accumulation", "flip_tta")  # settings that a resumed run may change
 CHECKPOINT = r"epoch-\d{5,}-step-\d{7,}-[0-9a-f]{16}\.pt"
 # What a process that was killed leaves of a file that it was writing (see `files.replacing`).
-WRITTEN = rf"{CHECKPOINT}|(config|metrics)\.json|history\.csv|(val|test|flip_tta)_logits\.npz|model\.safetensors"
+WRITTEN = (
+    rf"{CHECKPOINT}|(config|metrics)\.json|(history|steps)\.csv|(val|test|flip_tta)_logits\.npz|model\.safetensors"
+)
 LEFTOVER = re.compile(rf"\.({WRITTEN})\.\d+\.part")
 
 

@@ -26,10 +26,9 @@ from cifar_ft.training.distributed import gather_logits, on_main, share_statisti
 from cifar_ft.training.faults import StopRequest, TrainingError, check_loss, smallest_weights, stop, use_less_memory
 from cifar_ft.training.hardware import Plan, choose_plan
 from cifar_ft.training.loop import train_epoch
-from cifar_ft.training.optim import lr_factor
 from cifar_ft.training.probe import fit_head
 from cifar_ft.training.replay import own_stream
-from cifar_ft.training.run_files import describe_run, new_run_dir, write_run
+from cifar_ft.training.run_files import describe_run, new_run_dir, step_rows, write_run
 from cifar_ft.training.state import Training, prepare
 
 Splits = dict[str, Split]  # "train", "val" and "test"
@@ -199,10 +198,11 @@ def save(training: Training, directory: RunDirectory) -> None:
 
 
 def finish_epoch(training: Training, splits: Splits) -> None:
-    """Evaluate what the recipe evaluates each epoch, remember the best weights, and add the epoch's row."""
+    """Evaluate what the recipe evaluates each epoch, remember the best weights, and add the epoch's rows."""
     recipe, accelerator, start = training.recipe, training.accelerator, time.perf_counter()
     share_statistics(accelerator, training.unwrapped_model, training.ema)
-    loss, correct, images = accelerator.reduce(training.totals.clone(), reduction="sum").tolist()
+    sums = training.sums().double()
+    loss, correct, images = sums.sum(dim=0).tolist()
     row = {"epoch": training.epoch + 1, "train_loss": loss / images, "train_accuracy": correct / images}
     for name, wanted in {"val": recipe.validation, "test": recipe.track_test}.items():
         if wanted:
@@ -210,14 +210,14 @@ def finish_epoch(training: Training, splits: Splits) -> None:
             row[f"{name}_loss"] = F.cross_entropy(logits, labels).item()
             row[f"{name}_accuracy"] = (logits.argmax(1) == labels).double().mean().item()
     seconds = training.seconds + time.perf_counter() - start
-    factor = lr_factor(recipe, training.global_step - 1, training.steps_per_epoch)
-    lr = training.optimizer.param_groups[0]["base_lr"] * factor  # of the last step
+    training.steps += step_rows(training, sums)
+    lr = training.steps[-1]["lr"]  # of the last step
     training.history.append({**row, "lr": lr, "seconds": seconds, "train_only_seconds": training.seconds})
     if recipe.select == "best" and row["val_accuracy"] > (training.best or {"val_accuracy": -1})["val_accuracy"]:
         weights = {name: values.clone() for name, values in training.eval_model.state_dict().items()}
         training.best = {"val_accuracy": row["val_accuracy"], "model": weights}
     training.epoch, training.step, training.seconds = training.epoch + 1, 0, 0.0
-    training.totals.zero_()
+    training.finished.clear()
     names = {"train": "train", "val": "validation", "test": "test"}
     shown = [f"{name} {row[f'{key}_accuracy']:.2%}" for key, name in names.items() if f"{key}_accuracy" in row]
     log.info(f"Epoch {row['epoch']}/{recipe.epochs}: loss {row['train_loss']:.4f}, {', '.join(shown)}, {seconds:.0f} s")

@@ -1,8 +1,7 @@
-"""What a run leaves: its configuration at the start; history, logits, weights and metrics at the end."""
+"""What a run leaves: its configuration at the start; history, losses, logits, weights and metrics at the end."""
 
 from __future__ import annotations
 
-import csv
 import datetime
 import hashlib
 import io
@@ -13,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save as to_safetensors
@@ -27,6 +27,7 @@ from cifar_ft.results import fit_calibration, wilson_interval
 from cifar_ft.training.checkpoint import RunDirectory
 from cifar_ft.training.faults import TrainingError
 from cifar_ft.training.hardware import describe_machine
+from cifar_ft.training.optim import lr_factor
 from cifar_ft.training.state import Training
 
 HISTORY = (
@@ -35,6 +36,7 @@ HISTORY = (
     "lr",
     "seconds",
 )
+STEP_ROWS = 2000  # of steps.csv, so that it stays small; in a longer run each is the mean of several steps
 # The files whose code decides the weights that a run ends with.
 DECISIVE = (
     *(f"data/{name}.py" for name in ("cifar10", "loader")),
@@ -83,8 +85,26 @@ def describe_run(training: Training, data: Cifar10, splits: dict[str, Split]) ->
     }
 
 
+def step_rows(training: Training, sums: Tensor) -> list[dict]:
+    """Rows of steps.csv for the epoch that ends, from its `Training.sums`.
+
+    Each row is a step or, in a run of more than `STEP_ROWS`, the mean over several steps of the epoch, so many that the
+    run has hardly more rows; place and learning rate are those of the last of them.
+    """
+    recipe, length, rows = training.recipe, training.steps_per_epoch, []
+    every = -(-recipe.epochs * length // STEP_ROWS)
+    step, seen = training.epoch * length, training.epoch * sums[:, 2].sum().item()
+    for part in sums.split(every):
+        loss, _, images = part.sum(dim=0).tolist()
+        step, seen = step + len(part), seen + images
+        lr = training.optimizer.param_groups[0]["base_lr"] * lr_factor(recipe, step - 1, length)
+        place = {"step": step, "epoch": step / length, "lr": lr, "loss": loss / images}
+        rows.append({**place, "images": int(seen), "image_size": recipe.size_at(training.epoch)})
+    return rows
+
+
 def write_run(directory: RunDirectory, training: Training, splits: dict[str, Split], logits: dict[str, Tensor]) -> None:
-    """Write history, logits, weights and, last of all, the metrics, which mark the run as complete.
+    """Write history, losses, logits, weights and, last of all, the metrics, which mark the run as complete.
 
     Parameters
     ----------
@@ -94,7 +114,9 @@ def write_run(directory: RunDirectory, training: Training, splits: dict[str, Spl
     """
     recipe, info = training.recipe, training.weights_info
     labels = {name: split.labels.cpu() for name, split in splits.items()}
-    directory.write("history.csv", _csv(training.history))
+    history, steps = pd.DataFrame(training.history, columns=HISTORY), pd.DataFrame(training.steps)
+    directory.write("history.csv", history.to_csv(index=False, lineterminator="\n").encode())
+    directory.write("steps.csv", steps.to_csv(index=False, lineterminator="\n", float_format="%.6g").encode())
     for name in logits.keys() & labels.keys():
         np.savez(buffer := io.BytesIO(), logits=logits[name].numpy(), labels=labels[name].numpy())
         directory.write(f"{name}_logits.npz", buffer.getvalue())
@@ -138,14 +160,6 @@ def code_digests() -> dict[str, str]:
         code = "\n".join(line for line in lines if line.strip() and not line.lstrip().startswith("#"))
         digests[name] = hashlib.sha256(code.encode()).hexdigest()[:12]
     return digests
-
-
-def _csv(rows: list[dict]) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, HISTORY, restval="", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
 
 
 def peak_memory_mb(device: torch.device | None = None) -> float:

@@ -39,14 +39,16 @@ class Training:
     epoch: int = 0  # epochs finished
     step: int = 0  # steps finished within the running epoch
     history: list[dict] = field(default_factory=list)
+    steps: list[dict] = field(default_factory=list)  # of the finished epochs (see `run_files.step_rows`)
     best: dict | None = None  # {"val_accuracy": float, "model": state dict}
 
-    PLACE = ("accumulation", "seconds", "epoch", "step", "history", "best")
+    PLACE = ("accumulation", "seconds", "epoch", "step", "history", "steps", "best")
 
     def __post_init__(self) -> None:
         device = self.accelerator.device
-        # Sums of the running epoch and of the running step: cross-entropy, correct predictions, images.
-        self.totals, self.running = torch.zeros(3, device=device), torch.zeros(3, device=device)
+        # Sums of the running step (a recorded one adds to this very tensor) and of the epoch's finished ones:
+        # cross-entropy, correct predictions, images. They stay on the device, so that a GPU is not waited for.
+        self.running, self.finished = torch.zeros(3, device=device), []
         # The first step that diverged, and its loss; on the device, so that a GPU is not waited for at each step.
         self.diverged = torch.full((), -1, dtype=torch.long, device=device), torch.zeros((), device=device)
 
@@ -80,7 +82,7 @@ class Training:
         loss, (where, value) = self.running[0] / self.running[2].clamp(min=1), self.diverged
         new = ~(loss < LOSS_LIMIT) & (where < 0)  # a comparison with NaN is false
         self.diverged = where.masked_fill(new, self.step), torch.where(new, loss, value)
-        self.totals += self.running
+        self.finished.append(self.running.clone())
         self.running.zero_()
         self.step += 1
 
@@ -88,6 +90,12 @@ class Training:
         """Drop what an unfinished step has added up, to compute it anew."""
         self.running.zero_()
         self.optimizer.zero_grad()
+
+    def sums(self) -> Tensor:
+        """What `measure` added up in each finished step of the running epoch, [step, 3], of all processes together."""
+        if not self.finished:
+            return torch.zeros(0, 3)
+        return self.accelerator.reduce(torch.stack(self.finished), reduction="sum").cpu()
 
     def state(self) -> dict:
         """All of it as tensors and plain values; metrics are those of all processes together."""
@@ -98,7 +106,7 @@ class Training:
             "model": self.unwrapped_model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
-            "totals": self.accelerator.reduce(self.totals.clone(), reduction="sum"),
+            "sums": self.sums(),
             "scaler": scaler and scaler.state_dict(),
         }
 
@@ -108,8 +116,8 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
-        if self.accelerator.is_main_process:
-            self.totals = state["totals"].to(self.totals.device)
+        sums = state["sums"].to(self.running.device)
+        self.finished = list(sums if self.accelerator.is_main_process else torch.zeros_like(sums))
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         for key in self.PLACE:

@@ -1,4 +1,4 @@
-"""Runs on disk: read back whole, compared fairly, and never half read."""
+"""Runs on disk: read back whole, and never half read."""
 
 import json
 import os
@@ -8,26 +8,11 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from tiny_runs import write_run
 
 from cifar_ft import CifarFtError, results
 from cifar_ft.recipes import get_recipe
 from cifar_ft.results import RunError
-
-
-def write_run(path, *, recipe=None, seed=0, shift=3.0, seconds=120.0):
-    rng = np.random.default_rng(seed)
-    recipe = recipe or get_recipe("quick", {"seed": seed})
-    labels = np.arange(200) % 10
-    logits = rng.normal(0, 1, (200, 10)).astype(np.float32)
-    logits[np.arange(200), labels] += shift
-    path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps({"recipe": recipe.to_dict()}))
-    columns = "epoch,train_loss,train_accuracy,val_loss,val_accuracy,test_loss,test_accuracy,lr,seconds"
-    (path / "history.csv").write_text(f"{columns}\n1,1.2,0.6,0.9,0.7,,,0.1,9\n2,0.8,0.7,0.7,0.8,,,0.05,9\n")
-    np.savez(path / "test_logits.npz", logits=logits, labels=labels)
-    metrics = {"recipe": recipe.name, "backbone": "resnet50", "epochs": 2, "seed": seed, "train_seconds": seconds}
-    (path / "metrics.json").write_text(json.dumps(metrics))
-    return path
 
 
 def test_a_run_is_read_back_whole(tmp_path):
@@ -85,6 +70,21 @@ def test_a_damaged_file_is_named(tmp_path, name, damage):
     wanted = "metrics.json" if (name, damage) == ("metrics.json", "deleted") else name
     with pytest.raises(RunError, match=wanted.replace(".", r"\.")):
         results.load_run(path)
+
+
+@pytest.mark.parametrize("damage", ["empty", "noise"])
+def test_the_loss_by_step_is_read_where_it_is_and_damage_is_named(tmp_path, damage):
+    run = results.load_run(write_run(tmp_path / "run"))
+    assert run.steps.empty  # of a run that kept none
+    assert list(run.steps) == ["step", "epoch", "lr", "loss", "images", "image_size"]
+    file = run.path / "steps.csv"
+    file.write_text("step,epoch,lr,loss,images,image_size\n1,0.5,0.1,2.25,64,48\n2,1,0.05,1.5,100,48\n")
+    steps = results.load_run(run.path).steps
+    assert steps.values.tolist() == [[1, 0.5, 0.1, 2.25, 64, 48], [2, 1.0, 0.05, 1.5, 100, 48]]
+    assert steps.images.dtype == int
+    DAMAGE[damage](file)
+    with pytest.raises(RunError, match=r"steps\.csv is damaged"):
+        results.load_run(run.path).steps  # noqa: B018
 
 
 @pytest.mark.parametrize(
@@ -149,32 +149,6 @@ def test_an_unfinished_run_is_told_with_a_command_that_can_be_typed(tmp_path, mo
     with pytest.raises(RunError) as caught:
         results.load_run(tmp_path / "my run")
     assert str(caught.value).endswith(f"`python -m cifar_ft train --out '{tmp_path}/my run' --resume`")
-
-
-def test_comparison_averages_seeds_and_names_changed_settings(tmp_path):
-    paths = [write_run(tmp_path / f"seed{seed}", seed=seed, seconds=60.0 * (seed + 1)) for seed in range(3)]
-    paths.append(write_run(tmp_path / "changed", recipe=get_recipe("quick", "batch_size=77"), shift=1.0))
-    frame = results.compare_runs(paths)
-    assert list(frame.columns[:5]) == ["recipe", "backbone", "epochs", "seeds", "test_accuracy"]
-    assert frame["seeds"].tolist() == [3, 1]
-    assert "batch_size=77" in frame["recipe"][1]
-    scores = [results.load_run(path).accuracy for path in paths]
-    assert frame["test_accuracy"][0] == pytest.approx(np.mean(scores[:3]))
-    assert frame["std"][0] == pytest.approx(np.std(scores[:3], ddof=1))
-    assert frame["minutes"][0] == pytest.approx(2)
-    # the seeds share their test images: three of them do not make the interval narrower than one would be
-    assert (frame["low"][0], frame["high"][0]) == results.wilson_interval(round(np.mean(scores[:3]) * 200), 200)
-    alone = results.compare_runs([results.load_run(paths[0])])
-    assert alone["recipe"][0] == "quick"
-    assert results.compare_runs([]).empty
-
-
-def test_a_run_from_before_a_setting_existed_is_one_of_its_default(tmp_path):
-    paths = [write_run(tmp_path / name, seed=seed) for seed, name in enumerate(("earlier", "later"))]
-    config = json.loads((paths[0] / "config.json").read_text())
-    del config["recipe"]["cutout"]
-    (paths[0] / "config.json").write_text(json.dumps(config))
-    assert results.compare_runs(paths)["seeds"].tolist() == [2]
 
 
 def test_shipped_tables_hold_the_published_figures():

@@ -320,7 +320,7 @@ def test_only_what_a_killed_run_has_left_is_removed(small_data, tmp_path):
     path = tmp_path / "run"
     (path / "checkpoint").mkdir(parents=True)
     (path / "below").mkdir()
-    left = ["config.json", "checkpoint/epoch-00001-step-0000002-0123456789abcdef.pt", "test_logits.npz", "history.csv"]
+    left = ["config.json", "checkpoint/epoch-00001-step-0000002-0123456789abcdef.pt", "test_logits.npz", "steps.csv"]
     left = [(path / name).with_name(f".{Path(name).name}.4711.part") for name in left]
     others = [".letter.odt.12.part", ".config.json.part", ".x.part", "below/.config.json.12.part", ".gitignore"]
     others = [path / name for name in others]

@@ -115,7 +115,7 @@ def test_interrupted_in_the_middle_of_a_step_is_resumed_too(whole, small_data, t
     same_run(whole, tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["history.csv", "test_logits.npz", "model.safetensors", "metrics.json"])
+@pytest.mark.parametrize("name", ["steps.csv", "test_logits.npz", "model.safetensors", "metrics.json"])
 def test_interrupted_while_the_final_files_are_written_is_resumed_too(whole, small_data, tmp_path, monkeypatch, name):
     with monkeypatch.context() as patch:
         rename = os.replace

@@ -13,12 +13,7 @@ from tiny_runs import history, recipe, weights
 from cifar_ft import models, transforms
 from cifar_ft.files import PACKAGE
 from cifar_ft.results import load_run, wilson_interval
-from cifar_ft.training import (
-    TrainingError,
-    fit,
-    new_run_dir,
-    run_files,
-)
+from cifar_ft.training import TrainingError, fit, lr_factor, new_run_dir, run_files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,6 +49,32 @@ def test_a_run_directory_holds_what_was_measured(small_data, tmp_path):
     assert run.recipe == mine
     assert run.config["data"] == {"source": "samples", "digest": "0" * 64, "train": 120, "val": 40, "test": 40}
     assert run.config["weights"]["backbone"] == "resnet18"
+
+
+def test_the_loss_of_each_step_is_kept_with_its_place_and_its_cost(small_data, tmp_path):
+    # Batches of 50, 50 and 20 images, two micro-batches each.
+    mine = recipe(train_sizes=(16, 24), image_size=24, batch_size=50, accumulation=2, lr=0.01)
+    run = fit(mine, small_data, tmp_path / "run")
+    steps = run.steps
+    assert list(steps) == ["step", "epoch", "lr", "loss", "images", "image_size"]
+    assert list(steps.step) == [1, 2, 3, 4, 5, 6]
+    assert list(steps.epoch) == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2], rel=1e-5)
+    assert list(steps.lr) == pytest.approx([0.01 * lr_factor(mine, step, 3) for step in range(6)], rel=1e-5)
+    assert list(steps.images) == [50, 100, 120, 170, 220, 240]
+    assert list(steps.image_size) == [16, 16, 16, 24, 24, 24]
+    means = [np.average(losses, weights=[50, 50, 20]) for losses in steps.loss.to_numpy().reshape(2, 3)]
+    assert means == pytest.approx(list(run.history.train_loss), rel=1e-5)
+    assert steps.loss.nunique() == 6
+
+
+def test_a_row_of_a_long_run_is_the_mean_of_several_steps(whole, small_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_files, "STEP_ROWS", 4)
+    few, each = fit(recipe(), small_data, tmp_path / "run").steps, load_run(whole).steps
+    assert list(few.step) == [3, 5, 8, 10]  # no row spans two epochs
+    columns = ["step", "epoch", "lr", "images", "image_size"]
+    assert few[columns].equals(each[columns].iloc[[2, 4, 7, 9]].reset_index(drop=True))
+    parts = np.split(each.loss, [3, 5, 8])  # batches of 24 images all
+    assert list(few.loss) == pytest.approx([part.mean() for part in parts], rel=1e-5)
 
 
 def test_a_run_tells_no_folder_of_the_machine_it_was_made_on(small_data, tmp_path, monkeypatch):
