@@ -179,6 +179,8 @@ def predict(
     keep_memory()
     with redirect_stdout(sys.stderr):  # which model answers; standard output is for rows alone
         predictor = Predictor.load(run)
+    if predictor.track_record:
+        _say(predictor.track_record, err=True)
     rows = predict_paths(inputs, predictor, fit=fit)
     # rows on a terminal are progress enough
     rows = progress(rows, hidden=csv is None and sys.stdout.isatty(), unit="picture")

@@ -169,6 +169,7 @@ def test_predict_answers_every_input_and_exits_1_when_one_cannot_be_read(run, pi
     good = run("predict", pictures, "--csv", pictures / "rows.csv", "--run", "shipped")
     assert (good.returncode, good.out) == (0, "")
     assert good.err.startswith("Predicting with the shipped model")
+    assert "Right on CIFAR-10's test images, by the probability given: 0 to 0.5: 46.7% of 225" in good.err
     assert good.err.endswith("3 inputs, 0 could not be read\n")
     rows = list(csv.DictReader((pictures / "rows.csv").open(encoding="utf-8")))
     assert [row["path"][-5:] for row in rows] == ["0.png", "1.png", "猫.png"]

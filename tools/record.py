@@ -102,7 +102,7 @@ def export_shipped(run_dir: str | Path, target: str | Path | None = None) -> Pat
     Path
         The file. Its metadata, JSON where not plain text: recipe, backbone, weights (what training started
         from, with digest and licence), data (digest), metrics (test accuracy with its 95 % interval),
-        calibration (temperature and lowest familiar energy), classes, created, cifar_ft.
+        calibration (as in metrics.json), classes, created, cifar_ft.
 
     Raises
     ------

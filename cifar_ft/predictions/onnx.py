@@ -27,6 +27,7 @@ from cifar_ft.files import check_target, one_line, show_path, write_atomic
 from cifar_ft.models import predict_logits
 from cifar_ft.predictions.images import SIZE
 from cifar_ft.predictions.predictor import Predictor
+from cifar_ft.results import probabilities
 from cifar_ft.transforms import eval_transform, normalize, resize
 
 TOLERANCE = 1e-3  # largest difference in any probability that `export_onnx` lets pass
@@ -142,7 +143,7 @@ class _Deployed(nn.Module):
     def __init__(self, predictor: Predictor):
         super().__init__()
         self.model = copy.deepcopy(predictor.model).cpu().requires_grad_(False)
-        self.normalization, self.temperature = predictor.recipe.normalization, predictor.temperature
+        self.normalization, self.scaling = predictor.recipe.normalization, predictor.scaling
         self.register_buffer("matrix", _resize_matrix(predictor.recipe.image_size))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,7 +152,7 @@ class _Deployed(nn.Module):
             for _ in range(2):  # along the rows, then along the columns
                 inputs = F.linear(inputs, self.matrix).transpose(2, 3)
         logits = self.model(inputs)
-        return (logits / self.temperature).softmax(dim=1), logits
+        return probabilities(logits, *self.scaling), logits
 
 
 def _resize_matrix(size: int) -> Tensor:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from cifar_ft.files import ASSETS, one_line, runs_root, show_path
 from cifar_ft.models import choose_device, create_backbone, cut, predict_logits, replace_head, replace_stem
 from cifar_ft.predictions.images import SIZE, ImageError, Note, Picture, checked_fit, find_pictures, squared
 from cifar_ft.recipes import Recipe
-from cifar_ft.results import accuracy_text, energy, load_run, newest_run
+from cifar_ft.results import SHIPPED_RUN, accuracy_text, choose_run, energy, load_run, newest_run, probabilities
 from cifar_ft.transforms import eval_transform
 
 BATCH = 32  # pictures in memory at a time
@@ -50,6 +51,7 @@ class Prediction:
     index : int
         Its number, 0 to 9.
     probability : float
+        `Predictor.how_often_right` says what it has been worth on test images.
     probabilities : dict of str to float
         All classes in class order; with `top_k`, only the most probable ones, best first.
     unknown : bool or None
@@ -86,8 +88,9 @@ class Predictor:
     source : str
         Which model this is, in one phrase.
     calibration : dict or None
-        What validation says about its answers (`results.fit_calibration`): the temperature that its
-        logits are divided by, and the energy below which a picture is unlike anything trained on.
+        What validation says about its answers (`results.fit_calibration`): the temperature and the power that make
+        probabilities of its logits, and the energy above which a picture is unlike anything trained on; and how often
+        they were right on test images (`results.stated`).
 
     Examples
     --------
@@ -98,20 +101,43 @@ class Predictor:
 
     def __init__(self, model: nn.Module, recipe: Recipe, source: str, calibration: dict[str, float] | None = None):
         self.model, self.recipe, self.source, self.calibration = model.eval(), recipe, source, calibration
-        if calibration is not None:
-            known = calibration if isinstance(calibration, dict) else {}
-            values = [known.get(name) for name in ("temperature", "lowest_energy", "false_alarms")]
-            good = all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
-            if not good or values[0] <= 0:
-                raise PredictionError(f"the calibration of {source} is damaged ({calibration}); {TRAIN}")
+        if calibration is not None and not _sound(calibration):
+            raise PredictionError(f"the calibration of {source} is damaged ({calibration}); {TRAIN}")
 
     def __repr__(self) -> str:
         return f"Predictor({self.source})"
 
     @property
-    def temperature(self) -> float:
-        """What logits are divided by before they become probabilities; 1 without a calibration."""
-        return self.calibration["temperature"] if self.calibration else 1.0
+    def scaling(self) -> tuple[float, float]:
+        """The temperature and the power that make `results.probabilities` of its logits; 1 each without a calibration.
+
+        The power is 1, too, in runs of before it was fitted.
+        """
+        known = self.calibration or {}
+        return known.get("temperature", 1.0), known.get("power", 1.0)
+
+    @property
+    def highest_energy(self) -> float:
+        """The energy above which a picture is called unlike anything trained on; infinite without a calibration."""
+        known = self.calibration or {}
+        # Runs of before the sign was that of the literature have `lowest_energy` instead.
+        return known.get("highest_energy", -known.get("lowest_energy", -math.inf))
+
+    def how_often_right(self, probability: float) -> tuple[float, float, int, int] | None:
+        """What this probability has been worth: (low, high, images, right).
+
+        Of CIFAR-10's test images, `images` got a probability from `low` to `high`, and `right` of them were classified
+        correctly. None where that is not known or too few images got so much. Pictures from elsewhere can differ.
+        """
+        rows = (self.calibration or {}).get("stated", ())
+        return next((tuple(row) for row in rows if row[0] <= probability < row[1] or probability == row[1] == 1), None)
+
+    @property
+    def track_record(self) -> str:
+        """`how_often_right` for all probabilities in one sentence; empty where it is not known."""
+        rows = (self.calibration or {}).get("stated", ())
+        said = [f"{low:g} to {high:g}: {right / images:.1%} of {images:,}" for low, high, images, right in rows]
+        return f"Right on CIFAR-10's test images, by the probability given: {', '.join(said)}" if said else ""
 
     @classmethod
     def from_run(cls, path: str | os.PathLike | None = None, device: str = "auto") -> Predictor:
@@ -158,14 +184,9 @@ class Predictor:
     @classmethod
     def load(cls, run: str | os.PathLike = "shipped", device: str = "auto") -> Predictor:
         """The shipped model, or that of the run that is named; the log says once which of them answers."""
-        predictor = cls.shipped(device) if str(run) == "shipped" else cls.from_run(run, device)
+        predictor = cls.shipped(device) if choose_run(run) == SHIPPED_RUN else cls.from_run(run, device)
         log.info(f"Predicting with {predictor.source}")
         return predictor
-
-    @classmethod
-    def newest_or_shipped(cls, run: str | os.PathLike = "", device: str = "auto") -> Predictor:
-        """What notebook 06 reads: the run that is named, else the newest that is no trial, else the shipped model."""
-        return cls.load(run or newest_run() or "shipped", device)
 
     def predict(self, images, top_k: int | None = None, *, fit: str = "crop") -> list[Prediction]:
         """Predict one picture or many.
@@ -194,18 +215,18 @@ class Predictor:
         logits, notes = self._answer(images, fit)
         unknown = [None] * len(notes)
         if self.calibration:
-            unknown = (energy(logits) < self.calibration["lowest_energy"]).tolist()
-        rows = (logits / self.temperature).softmax(dim=1).tolist()
+            unknown = (energy(logits) > self.highest_energy).tolist()
+        rows = probabilities(logits, *self.scaling).tolist()
         answers = []
         for row, *rest in zip(rows, unknown, notes, strict=True):
             order = sorted(range(len(row)), key=lambda i: -row[i])
-            probabilities = {CLASSES[i]: row[i] for i in (range(len(row)) if k is None else order[:k])}
-            answers.append(Prediction(CLASSES[order[0]], order[0], row[order[0]], probabilities, *rest))
+            kept = {CLASSES[i]: row[i] for i in (range(len(row)) if k is None else order[:k])}
+            answers.append(Prediction(CLASSES[order[0]], order[0], row[order[0]], kept, *rest))
         return answers
 
     def predict_proba(self, images, *, fit: str = "crop") -> np.ndarray:
         """Calibrated probabilities, float32 [N, 10] in class order, for what `predict` accepts."""
-        return (self._answer(images, fit)[0] / self.temperature).softmax(dim=1).numpy()
+        return probabilities(self._answer(images, fit)[0], *self.scaling).numpy()
 
     def _answer(self, images, fit: str) -> tuple[Tensor, list[tuple[Note, ...]]]:
         """Logits [N, 10] of what `predict` accepts, and what was done to each picture."""
@@ -227,6 +248,21 @@ class Predictor:
         if not logits.isfinite().all():
             raise PredictionError(f"{self.source} gives values that are not finite; use another run")
         return logits
+
+
+def _sound(calibration: Any) -> bool:
+    """Whether a calibration that was read from a file is one."""
+    try:
+        highest = "lowest_energy" if "lowest_energy" in calibration else "highest_energy"  # see `highest_energy`
+        numbers = [calibration[name] for name in ("temperature", highest, "false_alarms")]
+        numbers.append(calibration.get("power", 1.0))
+        for low, high, images, right in calibration.get("stated", ()):
+            numbers += [low, high, images, right]
+            if not (low < high and 0 <= right <= images > 0):
+                return False
+        return all(map(math.isfinite, numbers)) and numbers[0] > 0 and numbers[3] > 0
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return False
 
 
 def _checked_k(k: int) -> int:

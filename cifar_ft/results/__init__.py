@@ -1,18 +1,23 @@
 """Chapter 05: runs on disk, metrics with their uncertainty, comparisons."""
 
+from cifar_ft.results.calibration import (
+    STATED,
+    fit_calibration,
+    fit_scaling,
+    probabilities,
+    reliability,
+    selective_accuracy,
+    stated,
+)
 from cifar_ft.results.comparison import compare_runs, difference_test, paired_test, recorded_seeds
 from cifar_ft.results.metrics import (
     ResultError,
     accuracy_text,
-    calibration,
     confusion,
     energy,
-    fit_calibration,
-    fit_temperature,
     most_confident_mistakes,
     most_confused,
     per_class_accuracy,
-    selective_accuracy,
     wilson_interval,
 )
 from cifar_ft.results.robustness import accuracy_without, corrupted_accuracy
@@ -21,6 +26,7 @@ from cifar_ft.results.runs import (
     SHIPPED_RUN,
     Run,
     RunError,
+    choose_run,
     find_runs,
     load_run,
     newest_run,

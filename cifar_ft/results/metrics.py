@@ -1,4 +1,4 @@
-"""Metrics with their uncertainty: intervals, confusion, calibration.
+"""Metrics with their uncertainty: intervals, confusion, mistakes.
 
 All functions take plain arrays of labels, predictions or probabilities; none knows a model or a run.
 """
@@ -56,7 +56,8 @@ def checked_classes(values: Any, name: str, classes: int, n: int | None = None) 
     return array.astype(np.int64)
 
 
-def _scored(labels: Any, probabilities: Any) -> tuple[np.ndarray, np.ndarray]:
+def scored(labels: Any, probabilities: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Labels as int64 [N] and probabilities as float32 [N, C], or a ResultError."""
     probabilities = np.asarray(probabilities, dtype=np.float32)
     if probabilities.ndim != 2:
         raise ResultError(f"probabilities have shape {probabilities.shape}; expected [N, classes]")
@@ -100,93 +101,17 @@ def per_class_accuracy(labels: Any, predictions: Any, class_names: Sequence[str]
     return pd.DataFrame(rows, columns=["class", "accuracy", "low", "high", "n"])
 
 
-def calibration(labels: Any, probabilities: Any, bins: int = 15) -> tuple[pd.DataFrame, float]:
-    """Compare confidence with accuracy in `bins` equal bins of confidence over 0 to 1 (Guo et al., ICML 2017).
-
-    Returns one row a bin (means of confidence and accuracy, NaN in an empty bin, count, low_edge, high_edge), and the
-    expected calibration error as a fraction, from torchmetrics.
-    """
-    from torchmetrics.functional.classification import multiclass_calibration_error
-
-    labels, probabilities = _scored(labels, probabilities)
-    if bins < 1:
-        raise ResultError(f"bins={bins}; it must be at least 1")
-    # torchmetrics gives a confidence of exactly 1 a bin of its own; just below 1 it joins the last one
-    scores = torch.from_numpy(probabilities.clip(max=np.nextafter(np.float32(1), np.float32(0))))
-    ece = multiclass_calibration_error(scores, torch.from_numpy(labels), scores.shape[1], n_bins=bins).item()
-    confidence, prediction = scores.max(dim=1)
-    edges = torch.linspace(0, 1, bins + 1)
-    place = (torch.bucketize(confidence, edges, right=True) - 1).numpy()
-    count = np.bincount(place, minlength=bins)
-    means = {"confidence": confidence.numpy(), "accuracy": prediction.numpy() == labels}
-    with np.errstate(invalid="ignore"):
-        frame = pd.DataFrame({name: np.bincount(place, each, bins) / count for name, each in means.items()})
-    return frame.assign(count=count, low_edge=edges[:-1].numpy(), high_edge=edges[1:].numpy()), ece
-
-
-def fit_temperature(logits: Any, labels: Any) -> float:
-    """The temperature T for which softmax(logits / T) has the least cross-entropy (Guo et al., ICML 2017).
-
-    It is between 0.05 and 20, and above 1 for a model that is too sure of itself. Logits [N, C] and labels [N] must be
-    of a split that was neither trained on nor is evaluated afterwards: validation.
-    """
-    logits = torch.as_tensor(np.asarray(logits), dtype=torch.float64)
-    if logits.ndim != 2 or not logits.isfinite().all():
-        raise ResultError(f"logits have shape {tuple(logits.shape)}; expected finite numbers [N, classes]")
-    targets = torch.from_numpy(checked_classes(labels, "labels", logits.shape[1], len(logits)))
-    inverse = torch.zeros((), dtype=torch.float64, requires_grad=True)  # log of 1 / T: the loss is convex in 1 / T
-    optimizer = torch.optim.LBFGS([inverse], max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        value = torch.nn.functional.cross_entropy(logits * inverse.exp(), targets)
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return float(np.clip(math.exp(-inverse.item()), 0.05, 20))
-
-
 def energy(logits: Any) -> np.ndarray:
-    """How much a model recognises in each image: log of the sum of exp(logits), [N, C] to [N].
+    """The energy of each image, -log of the sum of exp(logits), [N, C] to [N] (Liu et al., NeurIPS 2020).
 
-    It is the negative of the energy of Liu et al., NeurIPS 2020: low for images unlike those trained on.
+    It tends to be higher for images unlike those trained on.
     """
-    return torch.as_tensor(np.asarray(logits)).double().logsumexp(dim=1).numpy()
-
-
-def fit_calibration(logits: Any, labels: Any, false_alarms: float = 0.02) -> dict[str, float]:
-    """What a model's logits on validation say about its answers: temperature, and lowest familiar energy.
-
-    One temperature has the least cross-entropy over all images together; where few images are, probabilities may be
-    further off with it than without (`calibration` shows where).
-
-    `lowest_energy` is the energy below which a share `false_alarms` of the validation images lies: images below it
-    are called unlike anything trained on.
-    """
-    temperature = fit_temperature(logits, labels)
-    lowest = float(np.quantile(energy(logits), false_alarms))
-    return {"temperature": temperature, "lowest_energy": lowest, "false_alarms": false_alarms}
-
-
-def selective_accuracy(labels: Any, probabilities: Any) -> pd.DataFrame:
-    """Accuracy on the images answered when only the surest are: columns coverage, threshold, accuracy.
-
-    One row for each number of images answered, from the surest alone to all; coverage is their share, threshold the
-    lowest probability among them (El-Yaniv and Wiener, JMLR 11, 2010).
-    """
-    labels, probabilities = _scored(labels, probabilities)
-    sure = probabilities.max(axis=1)
-    order = np.argsort(-sure, kind="stable")
-    right = (probabilities.argmax(axis=1) == labels)[order]
-    answered = np.arange(1, len(labels) + 1)
-    columns = {"coverage": answered / len(labels), "threshold": sure[order], "accuracy": right.cumsum() / answered}
-    return pd.DataFrame(columns)
+    return -torch.as_tensor(np.asarray(logits)).double().logsumexp(dim=1).numpy()
 
 
 def most_confident_mistakes(labels: Any, probabilities: Any, k: int = 16) -> pd.DataFrame:
     """The `k` wrong predictions of highest probability: columns index, label, prediction, probability."""
-    labels, probabilities = _scored(labels, probabilities)
+    labels, probabilities = scored(labels, probabilities)
     columns = {"index": np.arange(len(labels)), "label": labels, "prediction": probabilities.argmax(axis=1)}
     frame = pd.DataFrame(columns | {"probability": probabilities.max(axis=1)})[columns["prediction"] != labels]
     return frame.sort_values("probability", ascending=False, kind="stable").head(k).reset_index(drop=True)

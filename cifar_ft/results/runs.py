@@ -99,6 +99,14 @@ def newest_run(root: str | os.PathLike | None = None) -> Path | None:
     return chosen
 
 
+def choose_run(run: str | os.PathLike = "") -> Path:
+    """The folder of the run that is named, by default of `newest_run`, else the one that comes with the course.
+
+    "shipped" names the latter; its weights are the shipped model, which `Predictor` takes for it.
+    """
+    return SHIPPED_RUN if str(run) == "shipped" else full_path(run or newest_run() or SHIPPED_RUN)
+
+
 def _is_trial(path: Path) -> bool:
     """Whether the run has trained or been scored on a part of the images, as `smoke` does."""
     try:

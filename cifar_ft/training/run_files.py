@@ -137,7 +137,9 @@ def write_run(directory: RunDirectory, training: Training, splits: dict[str, Spl
         "seed": recipe.seed,
         "train_images": len(splits["train"]),
         "val_accuracy": (training.best or epochs[-1]).get("val_accuracy"),  # of the weights that are stored
-        "calibration": fit_calibration(logits["val"], labels["val"]) if "val" in logits else None,
+        "calibration": fit_calibration(logits["val"], labels["val"], tested=(logits["test"], labels["test"]))
+        if "val" in logits
+        else None,
         "test_images": n,
         "test_accuracy": correct("test") / n,
         "test_accuracy_ci95": list(wilson_interval(correct("test"), n)),

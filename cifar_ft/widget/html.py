@@ -105,6 +105,10 @@ def _sentence(state: WidgetState, i: int) -> str:
         said += f".<br><strong>{state.say('unknown')}</strong> {state.say('unknown_why')}"
         if calibration := getattr(state.models[i], "calibration", None):
             said += " " + state.say("false_alarms", percent=100 * calibration["false_alarms"])
+    elif known := state.models[i].how_often_right(answer.probability):
+        low, high, images, right = known
+        bounds = {"low": 100 * low, "high": 100 * high, "images": images}
+        said += f".<br>{state.say('how_often', **bounds, percent=percent(state.lang, right / images))}"
     return said
 
 
@@ -133,7 +137,9 @@ def _heat_html(state: WidgetState) -> str:
     parts = ""
     for answer, (heat, picture) in zip(state.chosen.answers, state.chosen.heats, strict=True):
         row, column = (3 * i // n for i, n in zip(np.unravel_index(heat.argmax(), heat.shape), heat.shape, strict=True))
-        where = state.say(f"place_{row}{column}" if heat.any() else "place_none")
+        where = state.say(
+            f"place_{row}{column}" if heat.max() > 1.00001 * heat.min() else "place_none"
+        )  # not all alike
         alt = state.say("heat_alt", name=state.name, label=_label(state, answer), where=where)
         parts += _figure(picture, alt, state.say("heat_caption", label=_label(state, answer)))
     return f"<div>{parts}</div>"

@@ -54,7 +54,7 @@ def run(path, images):
 
 @pytest.fixture(scope="module")
 def calibrated():
-    return tiny({"temperature": 2.5, "lowest_energy": 1.0, "false_alarms": 0.02})
+    return tiny({"temperature": 2.5, "power": 1.7, "highest_energy": -1.0, "false_alarms": 0.02})
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,11 @@ from cifar_ft.data import CLASSES
 from cifar_ft.models import DeviceError, build_model, predict_logits
 from cifar_ft.predictions import ImageError, Note, Prediction, PredictionError, Predictor
 from cifar_ft.predictions import predictor as module
-from cifar_ft.results import RunError, energy, fit_calibration
+from cifar_ft.results import SHIPPED_RUN, RunError, choose_run, energy, fit_calibration, load_run, probabilities
 from cifar_ft.transforms import eval_transform
 from tools import record
 
-CALIBRATION = {"temperature": 1.5, "lowest_energy": 0.25, "false_alarms": 0.02}
+CALIBRATION = {"temperature": 1.5, "highest_energy": -0.25, "false_alarms": 0.02}
 
 
 @pytest.fixture
@@ -290,20 +290,20 @@ def test_the_newest_run_that_is_no_trial_first_then_the_shipped_model_then_a_cle
     run_dir, tmp_path, monkeypatch, said
 ):
     monkeypatch.setenv("CIFAR_FT_RUNS", str(run_dir.parent))
-    assert "the shipped model" in Predictor.newest_or_shipped().source
+    assert "the shipped model" in Predictor.load(choose_run()).source
     assert "smoke-1, is a trial" in said[0]
     changed(run_dir / "metrics.json", train_images=45_000, test_images=10_000)
-    assert Predictor.newest_or_shipped().source in said[-1]
+    assert Predictor.load(choose_run()).source in said[-1]
     assert "the run smoke-1" in said[-1]
-    assert "the shipped model" in Predictor.newest_or_shipped("shipped").source
+    assert "the shipped model" in Predictor.load(choose_run("shipped")).source
     monkeypatch.setenv("CIFAR_FT_RUNS", str(tmp_path / "none"))
-    assert "smoke-1" in Predictor.newest_or_shipped(str(run_dir)).source
-    assert "the shipped model" in Predictor.newest_or_shipped().source
+    assert "smoke-1" in Predictor.load(choose_run(str(run_dir))).source
+    assert "the shipped model" in Predictor.load(choose_run()).source
     assert "the shipped model" in said[-1]
     broken = tmp_path / "model.safetensors"
     monkeypatch.setattr(module, "SHIPPED", broken)
     with pytest.raises(PredictionError, match="no shipped model; train one with"):
-        Predictor.newest_or_shipped()
+        Predictor.load(choose_run())
     broken.write_bytes((run_dir / "model.safetensors").read_bytes())
     with pytest.raises(PredictionError, match=r"the shipped model .* damaged.*install the package again"):
         Predictor.shipped()
@@ -313,11 +313,36 @@ def test_the_newest_run_that_is_no_trial_first_then_the_shipped_model_then_a_cle
 
 
 def calibrated(predictor, **values):
-    calibration = {"temperature": 1.0, "lowest_energy": -1e9, "false_alarms": 0.02, **values}
+    calibration = {"temperature": 1.0, "highest_energy": 1e9, "false_alarms": 0.02, **values}
     return Predictor(predictor.model, predictor.recipe, "a model", calibration)
 
 
-@pytest.mark.parametrize("damaged", [{"temperature": 0.0}, {"temperature": float("nan")}, {"lowest_energy": None}])
+@pytest.mark.parametrize("damaged", [{"power": 0}, {"stated": [[0.9, 1]]}, {"stated": [[0.9, 1, 5, 6]]}, {"stated": 3}])
+def test_a_damaged_power_or_record_is_refused(predictor, damaged):
+    with pytest.raises(PredictionError, match="calibration of a model is damaged"):
+        calibrated(predictor, **damaged)
+
+
+def test_a_percentage_is_explained_by_the_test_images_that_got_it(predictor):
+    known = calibrated(predictor, stated=[[0.8, 0.9, 251, 216], [0.99, 1.0, 7345, 7322]])
+    assert known.how_often_right(0.8) == (0.8, 0.9, 251, 216)
+    assert known.how_often_right(1.0) == (0.99, 1.0, 7345, 7322)
+    assert known.how_often_right(0.9) is None  # too few images got so much
+    assert predictor.how_often_right(0.8) is None
+    assert known.track_record.endswith("by the probability given: 0.8 to 0.9: 86.1% of 251, 0.99 to 1: 99.7% of 7,345")
+    assert predictor.track_record == ""
+
+
+def test_the_shipped_model_answers_as_its_run_was_calibrated():
+    shipped, run = Predictor.shipped(), load_run(SHIPPED_RUN)
+    assert shipped.calibration == run.metrics["calibration"]
+    low, high, images, right = shipped.how_often_right(0.85)
+    sure = probabilities(torch.tensor(run.logits), *shipped.scaling).amax(1).numpy()
+    chosen = (sure >= low) & (sure < high)
+    assert (chosen.sum(), (run.predictions == run.labels)[chosen].sum()) == (images, right)
+
+
+@pytest.mark.parametrize("damaged", [{"temperature": 0.0}, {"temperature": float("nan")}, {"highest_energy": None}])
 def test_a_damaged_calibration_is_refused(predictor, damaged):
     with pytest.raises(PredictionError, match="calibration of a model is damaged"):
         calibrated(predictor, **damaged)
@@ -334,22 +359,35 @@ def test_probabilities_are_divided_by_the_temperature(predictor, samples):
     logits = predict_logits(predictor.model, samples, eval_transform(predictor.recipe))
     mild = calibrated(predictor, temperature=4.0).predict_proba(samples)
     assert np.allclose(mild, (logits / 4).softmax(1).numpy(), atol=1e-6)
+    powered = calibrated(predictor, temperature=4.0, power=2.0).predict_proba(samples)
+    assert np.allclose(powered, probabilities(logits, 4.0, 2.0).numpy(), atol=1e-6)
+    assert not np.allclose(powered, mild, atol=1e-4)
     assert not np.allclose(mild, predictor.predict_proba(samples), atol=1e-4)
 
 
-def test_pictures_of_low_energy_are_called_unknown(predictor, samples):
+def test_pictures_of_high_energy_are_called_unknown(predictor, samples):
     assert predictor.predict(samples.images[0])[0].unknown is None  # nobody knows without a calibration
-    familiar = energy(predict_logits(predictor.model, samples, eval_transform(predictor.recipe)))
-    middle = float(np.median(familiar))
-    answers = calibrated(predictor, lowest_energy=middle).predict(samples)
-    assert [a.unknown for a in answers] == (familiar < middle).tolist()
+    energies = energy(predict_logits(predictor.model, samples, eval_transform(predictor.recipe)))
+    middle = float(np.median(energies))
+    answers = calibrated(predictor, highest_energy=middle).predict(samples)
+    assert [a.unknown for a in answers] == (energies > middle).tolist()
     assert sum(a.unknown for a in answers) == 100
 
 
-def test_energy_threshold_leaves_the_stated_share_of_validation_below():
+def test_a_run_of_before_energies_had_the_sign_of_the_literature_flags_the_same(predictor, samples):
+    middle = float(np.median(energy(predict_logits(predictor.model, samples, eval_transform(predictor.recipe)))))
+    old = {"temperature": 1.5, "lowest_energy": -middle, "false_alarms": 0.02}
+    new = {"temperature": 1.5, "highest_energy": middle, "false_alarms": 0.02}
+    of = predictor.model, predictor.recipe, "a model"
+    said = [[a.unknown for a in Predictor(*of, calibration).predict(samples)] for calibration in (old, new)]
+    assert said[0] == said[1]
+    assert set(said[0]) == {True, False}
+
+
+def test_energy_threshold_leaves_the_stated_share_of_validation_above():
     logits = 3 * torch.randn(5000, 10, generator=torch.Generator().manual_seed(0))
     found = fit_calibration(logits, logits.argmax(1), false_alarms=0.03)
-    assert (energy(logits) < found["lowest_energy"]).mean() == pytest.approx(0.03, abs=1e-3)
+    assert (energy(logits) > found["highest_energy"]).mean() == pytest.approx(0.03, abs=1e-3)
     assert found["temperature"] < 1  # always right, and never sure enough
 
 
@@ -360,9 +398,9 @@ def test_the_device_is_the_one_that_is_named_or_a_gpu(run_dir, monkeypatch):
     monkeypatch.setattr(module, "_placed", lambda model, device: placed.append(device) or model)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    for make in (Predictor.shipped, partial(Predictor.from_run, run_dir), Predictor.load, Predictor.newest_or_shipped):
+    for make in (Predictor.shipped, partial(Predictor.from_run, run_dir), Predictor.load):
         make()
         make(device="cpu")
         with pytest.raises(DeviceError, match="no device 'cuda' here; choose from auto, mps, cpu"):
             make(device="cuda")
-    assert placed == [torch.device(name) for name in ("mps", "cpu") * 4]
+    assert placed == [torch.device(name) for name in ("mps", "cpu") * 3]

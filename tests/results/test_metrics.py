@@ -77,30 +77,6 @@ def test_per_class_accuracy_reads_the_diagonal_and_leaves_absent_classes_open():
     assert results.per_class_accuracy([9], [9])["class"].iloc[-1] == "truck"
 
 
-@pytest.mark.parametrize("bins", [1, 10, 15])
-def test_calibration_error_is_that_of_torchmetrics_and_of_its_own_table(scored, bins):
-    from torchmetrics.functional.classification import multiclass_calibration_error
-
-    labels, probabilities = scored
-    frame, ece = results.calibration(labels, probabilities, bins)
-    scores, targets = torch.from_numpy(probabilities), torch.from_numpy(labels)
-    expected = multiclass_calibration_error(scores, targets, num_classes=10, n_bins=bins)
-    assert ece == pytest.approx(expected.item(), abs=1e-6)
-    gaps = (frame["accuracy"] - frame["confidence"]).abs().fillna(0)
-    assert (gaps * frame["count"]).sum() / len(labels) == pytest.approx(ece, abs=1e-5)
-    full = frame[frame["count"] > 0]
-    assert full["confidence"].between(full["low_edge"], full["high_edge"]).all()
-    assert frame["count"].sum() == 500
-
-
-def test_certain_predictions_fall_into_the_last_bin():
-    probabilities = np.array([[1.0, 0.0], [1.0, 0.0], [0.05, 0.95]], dtype=np.float32)
-    frame, ece = results.calibration([0, 1, 1], probabilities, bins=10)
-    assert len(frame) == 10
-    assert frame["count"].tolist() == [0] * 9 + [3]
-    assert ece == pytest.approx(2.95 / 3 - 2 / 3, abs=1e-5)
-
-
 def test_mistakes_come_most_confident_first(scored):
     labels, probabilities = scored
     frame = results.most_confident_mistakes(labels, probabilities, k=5)
@@ -116,7 +92,7 @@ def test_unusable_scores_are_refused_with_the_reason(scored):
     labels, probabilities = scored
     broken = probabilities.copy()
     broken[7, 3] = np.nan
-    for function in (results.calibration, results.most_confident_mistakes):
+    for function in (results.reliability, results.most_confident_mistakes):
         with pytest.raises(ResultError, match="image 7 are not finite"):
             function(labels, broken)
         with pytest.raises(ResultError, match="499 labels for 500 images"):
@@ -129,26 +105,3 @@ def test_unusable_scores_are_refused_with_the_reason(scored):
         results.confusion([10], [0])
     with pytest.raises(ResultError, match="float64"):
         results.confusion([0.0], [0])
-
-
-def test_temperature_undoes_a_known_one():
-    generator = torch.Generator().manual_seed(1)
-    true = 2 * torch.randn(20_000, 10, generator=generator)
-    labels = torch.multinomial(true.softmax(1), 1, generator=generator).squeeze(1)
-    for temperature in (0.5, 1.0, 3.0):
-        assert results.fit_temperature(temperature * true, labels) == pytest.approx(temperature, rel=0.03)
-    with pytest.raises(results.ResultError):
-        results.fit_temperature(true[:5] * float("nan"), labels[:5])
-
-
-def test_temperature_of_a_perfect_model_stays_finite():
-    labels = torch.arange(10).repeat(5)
-    assert results.fit_temperature(5 * torch.eye(10)[labels], labels) >= 0.05
-
-
-def test_the_surest_are_answered_first():
-    probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.55, 0.45]])
-    found = results.selective_accuracy(np.array([0, 0, 1, 0]), probabilities)
-    assert found.coverage.tolist() == [0.25, 0.5, 0.75, 1.0]
-    assert found.threshold.tolist() == pytest.approx([0.9, 0.8, 0.6, 0.55])
-    assert found.accuracy.tolist() == pytest.approx([1, 1, 2 / 3, 3 / 4])

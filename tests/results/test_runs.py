@@ -114,6 +114,10 @@ def test_runs_are_found_newest_first_and_only_when_finished(tmp_path, monkeypatc
     monkeypatch.setenv("CIFAR_FT_RUNS", str(tmp_path))
     assert results.newest_run() == tmp_path / "new"
     assert results.newest_run(tmp_path / "absent") is None
+    chosen = {"": tmp_path / "new", str(tmp_path / "old"): tmp_path / "old", "shipped": results.SHIPPED_RUN}
+    assert {run: results.choose_run(run) for run in chosen} == chosen
+    monkeypatch.setenv("CIFAR_FT_RUNS", str(tmp_path / "absent"))
+    assert results.choose_run() == results.SHIPPED_RUN
 
 
 def test_the_newest_run_is_no_trial_and_one_that_is_newer_is_named(tmp_path, said):

@@ -134,10 +134,22 @@ def test_a_picture_unlike_cifar10_is_said_to_be(state, predictor, unknown, warne
 
 
 def test_the_warning_says_how_often_it_is_false(state, predictor):
-    predictor.unknown, predictor.calibration = True, {"temperature": 1.0, "lowest_energy": 0.0, "false_alarms": 0.02}
+    predictor.unknown, predictor.calibration = True, {"temperature": 1.0, "highest_energy": 0.0, "false_alarms": 0.02}
     assert "About 2 % of CIFAR-10's own pictures get this warning too." in answer(state).text
     state.set_language("fr")
     assert "Environ 2\xa0% des images" in result_html(state)
+
+
+def test_the_answer_says_what_its_percentage_has_meant_unless_the_picture_is_unlike_all(state, predictor):
+    assert "test images to which" not in answer(state).text
+    predictor.known = (0.9, 0.99, 1688, 1623)
+    said = "Of the 1,688 CIFAR-10 test images to which it gave 90 to 99 %, it was right on 96.1 %."
+    assert said in answer(state).text
+    state.set_language("fr")
+    assert "Sur les 1\u202f688 images de test" in result_html(state)
+    state.set_language("en")
+    predictor.unknown = True
+    assert said not in answer(state).text
 
 
 def test_two_models_are_compared(samples):
