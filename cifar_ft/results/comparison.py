@@ -15,6 +15,7 @@ from cifar_ft.results.metrics import ResultError, wilson_interval
 from cifar_ft.results.runs import RECORDED, Run, load_run
 
 COMPARED = ("recipe", "backbone", "epochs", "seeds", "test_accuracy", "low", "high", "std", "minutes")
+SEEDS = ("seed", "test_accuracy", "val_accuracy", "minutes")
 
 
 class Difference(NamedTuple):
@@ -108,5 +109,6 @@ def compare_runs(runs: Sequence[Run | str | os.PathLike]) -> pd.DataFrame:
 
 
 def recorded_seeds() -> pd.DataFrame:
-    """Runs of `quick` that differ in their seed alone: columns seed, test_accuracy, val_accuracy, minutes."""
-    return pd.read_csv(RECORDED / "quick_seeds.csv")
+    """Runs of `quick` that differ in their seed alone, if recorded: seed, test_accuracy, val_accuracy, minutes."""
+    file = RECORDED / "quick_seeds.csv"
+    return pd.read_csv(file) if file.exists() else pd.DataFrame(columns=SEEDS, dtype=float)
