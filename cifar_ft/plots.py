@@ -353,26 +353,37 @@ def per_class_bars(frame: pd.DataFrame) -> Figure:
     return fig
 
 
-def ablation_chart(summary: pd.DataFrame) -> Figure:
-    """Validation accuracy of every variant of `results.summarize`, mean and standard deviation, question by question.
+def ablation_chart(summary: pd.DataFrame, reach: float = 10) -> Figure:
+    """Difference of every variant of `results.summarize` to its question's first, in points, with its 95 % interval.
 
-    Grey and hollow is what the seeds cannot tell from the question's first variant; squares are the common base.
+    A long summary takes two columns. What is more than `reach` points away is an arrow at the edge.
     """
     first = ~summary.question.duplicated()
-    places = (1 + 0.9 * first).cumsum().to_numpy()  # a line of its own above each question
-    fig, ax = new_figure((9.0, 1.0 + 0.27 * places[-1]))
+    middle = first[: len(summary) // 2 + 1][::-1].idxmax() if len(summary) > 24 else len(summary)
+    parts = [part for part in (summary[:middle], summary[middle:]) if len(part)]
+    height = 0.9 + 0.2 * max(map(len, parts))
+    fig, axes = new_figure((WIDE[0], height), 1, len(parts), sharex=True, squeeze=False)
     aside = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 10}
-    for y, row, begins in zip(places, summary.itertuples(), first, strict=True):
-        base = row.changes == ""
-        color = PALETTE[0] if row.distinguishable or base else GREY
-        look = {"marker": "s" if base else "o", "markerfacecolor": color if row.distinguishable or base else "white"}
-        ax.errorbar(100 * row.mean, y, xerr=100 * row.std, color=color, capsize=3, markersize=7, **look)
-        ax.annotate(f"{100 * row.mean:.1f}", (1.01, y), **aside)
-        if begins:
-            ax.annotate(row.question, (0.01, y - 0.9), color=GREY, style="italic", **aside)
-    ax.set_yticks(places, summary.variant, fontsize=10)
-    ax.set(ylim=(places[-1] + 0.8, places[0] - 1.5), xlabel="validation accuracy (%), mean and deviation over seeds")
-    ax.grid(False, axis="y")
+    over = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}  # the line at 0
+    for ax, part in zip(axes[0], parts, strict=True):
+        ax.axvline(0, color=GREY, linewidth=1.2)
+        names = part.question.where(first, part.variant)
+        ax.set_yticks(range(len(part)), names, fontsize=10)
+        for y, (row, begins, name) in enumerate(
+            zip(part.itertuples(), first[part.index], ax.get_yticklabels(), strict=True)
+        ):
+            if begins:
+                name.set(style="italic", color=GREY)
+                ax.annotate(f"0: {row.variant}", (0.02, y), color=GREY, style="italic", bbox=over, **aside)
+                continue
+            ends = 100 * np.array([row.low, row.difference, row.high])
+            ax.plot(ends[[0, 2]].clip(-reach, reach), [y, y], color=PALETTE[0])
+            inside = abs(ends[1]) <= reach
+            ax.plot(ends[1].clip(-reach, reach), y, color=PALETTE[0], marker="o" if inside else "<>"[int(ends[1] > 0)])
+            ax.annotate(f"{ends[1]:+.1f}", (1.02, y), **aside)
+        ax.set(ylim=(len(part) - 0.4, -0.6))
+        ax.grid(False, axis="y")
+    fig.supxlabel("difference in validation accuracy (points), with 95 % interval", fontsize=12)
     return fig
 
 

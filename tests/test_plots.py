@@ -33,13 +33,13 @@ BINS = BINS.assign(low_edge=[0, 1 / 3, 2 / 3], high_edge=[1 / 3, 2 / 3, 1])
 TABLE = pd.DataFrame({"stem": ["a", "b", "c"], "cost": [0.33, 1.3, 1.31], "kind": ["x", "y", "y"]})
 SUMMARY = pd.DataFrame(
     [
-        ("Which size?", "64 px", "", 0.8, False),
-        ("Which size?", "96 px", "image_size=96", 0.86, True),
-        ("Which stem?", "pretrained", "", 0.8, False),
-        ("Which stem?", "random", "stem=cifar_random", 0.79, False),
+        ("Which size?", "64 px", 0.0, 0.0, 0.0),
+        ("Which size?", "96 px", 0.06, 0.05, 0.0625),
+        ("Which stem?", "pretrained", 0.0, 0.0, 0.0),
+        ("Which stem?", "random", -0.137, -0.2, -0.08),
     ],
-    columns=["question", "variant", "changes", "mean", "distinguishable"],
-).assign(std=0.01)
+    columns=["question", "variant", "difference", "low", "high"],
+)
 CORRUPTED = pd.DataFrame({"corruption": ["blur", "blur", "noise", "noise"], "level": [0.5, 1, 4, 8]})
 CORRUPTED = CORRUPTED.assign(unit=["sigma in pixels"] * 2 + ["std in grey levels"] * 2)
 CORRUPTED = CORRUPTED.assign(accuracy=[0.9, 0.7, 0.8, 0.6], low=[0.88, 0.67, 0.77, 0.57], high=[0.92, 0.73, 0.83, 0.63])
@@ -122,7 +122,7 @@ def test_titles_of_neighbouring_pictures_do_not_touch(ncols):
         ("calibration_curve", {"accuracy (%)", "confidence: probability of the predicted class (%)"}),
         ("per_class_bars", {"accuracy (%), with 95 % interval"}),
         ("prediction_figure", {"probability (%)"}),
-        ("ablation_chart", {"validation accuracy (%), mean and deviation over seeds"}),
+        ("ablation_chart", {"difference in validation accuracy (points), with 95 % interval"}),
         ("corruption_chart", {"test accuracy (%)", "sigma in pixels", "std in grey levels"}),
         ("coverage_chart", {"images answered (%), the surest first", "accuracy on them (%)"}),
         ("redrawn_chart", {"epoch", "test accuracy (%)", "test loss (nats)"}),
@@ -316,16 +316,22 @@ def test_channel_histogram_reports_the_true_mean_and_std():
         assert f"{name}: mean {channel.mean():.3f}, std {channel.std():.3f}" in found
 
 
-def test_an_ablation_is_filled_where_the_seeds_can_tell_it_and_stands_under_its_question():
-    (ax,) = plots.ablation_chart(SUMMARY).axes
-    assert [tick.get_text() for tick in ax.get_yticklabels()] == list(SUMMARY.variant)
-    assert {"Which size?", "Which stem?", "80.0", "86.0"} <= {text.get_text() for text in ax.texts}
-    marks = [line for line in ax.lines if line.get_marker() in ("s", "o")]
-    assert [line.get_markerfacecolor() for line in marks] == [
-        *[plots.PALETTE[0]] * 3,
-        "white",
-    ]  # the base is a full square
-    assert marks[3].get_color() == plots.GREY
+def test_an_ablation_stands_under_its_question_and_beside_what_it_is_compared_with():
+    (ax,) = plots.ablation_chart(SUMMARY, reach=10).axes
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["Which size?", "96 px", "Which stem?", "random"]
+    assert {text.get_text(): text.xy[1] for text in ax.texts} == {
+        "0: 64 px": 0, "+6.0": 1, "0: pretrained": 2, "-13.7": 3
+    }  # fmt: skip
+    _, near, point, far, arrow = ax.lines  # the first is the line at 0
+    assert (near.get_xdata().tolist(), point.get_xdata().tolist(), point.get_marker()) == ([5, 6.25], [6], "o")
+    assert (far.get_xdata().tolist(), arrow.get_xdata().tolist(), arrow.get_marker()) == ([-10, -8], [-10], "<")
+
+
+def test_many_ablations_stand_in_two_columns_each_question_whole():
+    many = pd.concat([SUMMARY.assign(question=SUMMARY.question + str(i)) for i in range(7)], ignore_index=True)
+    columns = [[tick.get_text() for tick in ax.get_yticklabels()] for ax in plots.ablation_chart(many).axes]
+    assert [len(column) for column in columns] == [14, 14]
+    assert [column[0] for column in columns] == ["Which size?0", "Which stem?3"]
 
 
 def test_each_corruption_has_its_own_panel_and_levels():

@@ -144,16 +144,14 @@ def corruptions_table(folder: Path) -> str:
 
 
 def ablations_table(folder: Path) -> str:
-    """What each choice is worth, in points of validation accuracy."""
-    runs, rows, asked = pd.read_csv(folder / "ablations.csv"), [], ""
-    for each in results.summarize(runs).itertuples():
-        answer = "differs" if each.distinguishable else "not distinguishable"
-        accuracies = f"{100 * each.train:.1f} %", f"{100 * each.mean:.1f} %", f"{100 * each.std:.1f}"
-        change = ("", "compared with") if not each.changes else (f"{100 * each.difference:+.1f}", answer)
-        question, asked = each.question if each.question != asked else "", each.question
-        rows.append((question, each.variant, *accuracies, *change))
-    columns = ("question", "variant", "training", "validation", "std over seeds", "difference (points)", "answer")
-    return table(columns, rows) + f"\n\n{len(runs)} runs, {runs.seed.nunique()} seeds of each variant."
+    """What each choice is worth, in points of validation accuracy, against the first variant of its question."""
+    found, rows = results.summarize(pd.read_csv(folder / "ablations.csv")), []
+    for each, begins in zip(found.itertuples(), ~found.question.duplicated(), strict=True):
+        low, difference, high = (f"{100 * value:+.1f}" for value in (each.low, each.difference, each.high))
+        change = "compared with" if begins else f"{difference} [{low}, {high}]"
+        accuracies = (f"{100 * value:.1f} %" for value in (each.train, each.mean))
+        rows.append((each.question if begins else "", each.variant, each.seeds, *accuracies, change))
+    return table(("question", "variant", "seeds", "training", "validation", "points [95 % interval]"), rows)
 
 
 def redrawn_table(folder: Path) -> str:

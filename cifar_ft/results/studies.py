@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,35 +15,58 @@ from cifar_ft import CifarFtError
 from cifar_ft.results.metrics import wilson_interval
 from cifar_ft.results.runs import RECORDED, published_log
 
-# Question: the settings that answer it, each as changes of BASE; "" is BASE itself.
+# Question: the settings that answer it, each as changes of BASE ("" is BASE itself). The first of a question is its own
+# base, which the others are compared with.
 ABLATIONS: dict[str, dict[str, str]] = {
     "What are the ImageNet weights worth?": {"ImageNet weights": "", "random weights": "weights=none"},
     "Which part should be trained?": {
         "everything": "",
-        "head only": "freeze=backbone",
         "all but the early stages": "freeze=early",
-        "head fitted first, then everything": "head_fit_images=5000",
+        "head alone": "freeze=backbone",
+        "head alone, lr 0.01": "freeze=backbone lr=0.01",
+        "head alone, linear probe": "freeze=backbone head_fit_images=5000 lr=1e-8 epochs=1",
+    },
+    "Should the head be fitted first?": {
+        "BatchNorm frozen": "freeze_batchnorm=true",
+        "fitted first": "freeze_batchnorm=true head_fit_images=5000",
+        "lr 0.0003": "freeze_batchnorm=true lr=0.0003",
+        "fitted first, lr 0.0003": "freeze_batchnorm=true head_fit_images=5000 lr=0.0003",
+        "BatchNorm trained": "",
+        "fitted first, BatchNorm trained": "head_fit_images=5000",
+    },
+    "Which rate for which batch?": {
+        "batch 64, lr 0.001": "",
+        "batch 64, lr 0.002": "lr=0.002",
+        "batch 64, lr 0.004": "lr=0.004",
+        "batch 32, lr 0.0005": "batch_size=32 lr=0.0005",
+        "batch 32, lr 0.001": "batch_size=32",
+        "batch 32, lr 0.002": "batch_size=32 lr=0.002",
+    },
+    "One rate or two?": {
+        "both 0.001": "",
+        "both 0.002": "lr=0.002",
+        "body 0.001, head 0.003": "head_lr_factor=3",
+        "body 0.001, head 0.01": "head_lr_factor=10",
+        "body 0.0003, head 0.003": "lr=0.0003 head_lr_factor=10",
     },
     "Which input size?": {"64 px": "", "32 px": "image_size=32", "96 px": "image_size=96", "128 px": "image_size=128"},
+    "The time of 96 px, or more epochs?": {"96 px, 3 epochs": "image_size=96", "64 px, 6 epochs": "epochs=6"},
+    "The time of 128 px, or more epochs?": {"128 px, 3 epochs": "image_size=128", "64 px, 12 epochs": "epochs=12"},
     "Which stem, at equal cost?": {
-        "pretrained stem, 64 px": "",
-        "random stem of stride 1, 32 px": "stem=cifar_random image_size=32",
-        "pretrained stem of stride 1, 32 px": "stem=cifar_resampled image_size=32",
+        "stride 2, 64 px": "",
+        "stride 1, 32 px": "stem=cifar_resampled image_size=32",
+        "stride 1, 32 px, random weights": "stem=cifar_random image_size=32",
     },
-    "Batch 32 or 64?": {
-        "batch 64": "",
-        "batch 32": "batch_size=32",
-        "batch 32, half the lr": "batch_size=32 lr=0.0005",
-    },
-    "Which augmentation?": {
+    "Which augmentation, in 3 epochs?": {
         "crop and flip": "",
         "crop": "flip=false",
         "flip": "crop_padding=0",
         "none": "crop_padding=0 flip=false",
     },
-    "Constant or decayed learning rate?": {"one cycle": "", "constant": "schedule=constant"},
+    "Which augmentation, in 12 epochs?": {"crop and flip": "epochs=12", "none": "epochs=12 crop_padding=0 flip=false"},
+    "Constant or decayed rate?": {"one cycle": "", "one cycle, lr 0.002": "lr=0.002", "constant": "schedule=constant"},
+    "And without averaged weights?": {"one cycle": "ema_decay=0", "constant": "ema_decay=0 schedule=constant"},
     "Label smoothing?": {"0.05": "", "none": "label_smoothing=0"},
-    "One learning rate or two?": {"one for all": "", "head at 10 times": "head_lr_factor=10"},
     "Which normalisation?": {
         "ImageNet's": "",
         "CIFAR-10's std": "normalization=cifar10",
@@ -64,13 +85,6 @@ REDRAWN: dict[str, tuple[str, str, str]] = {
         "pretrained stem, 64 px, one cycle, head at 10 times",
     ),
 }
-CRITICAL_T = 2.7  # two-sided 99 % of Student's t with some 40 degrees of freedom; there are many comparisons
-
-
-SUMMARY = (
-    *("question", "variant", "changes", "seeds", "mean", "std"),
-    *("train", "minutes", "difference", "standard_error", "distinguishable"),
-)
 
 
 class StudyError(CifarFtError, ValueError):
@@ -85,37 +99,54 @@ def variants(questions: Mapping[str, Mapping[str, str]] = ABLATIONS) -> list[str
 def summarize(rows: pd.DataFrame, questions: Mapping[str, Mapping[str, str]] = ABLATIONS) -> pd.DataFrame:
     """One row for each question and variant of runs: columns changes, seed, val_accuracy, train_accuracy, minutes.
 
+    A seed draws the order of the images, their augmentation and the new head, so that two variants are compared seed
+    by seed. What has fewer than two seeds in common with its question's base is left out.
+
     Returns
     -------
     DataFrame
         question, variant, changes, seeds, mean, std (of val_accuracy over the seeds), train (mean of train_accuracy),
-        minutes (mean), difference (of the mean to the question's first variant), standard_error of it, and
-        distinguishable: whether it exceeds CRITICAL_T standard errors. The errors come from the two variants' own
-        deviations, but at least from the deviation pooled over all variants, since three seeds know little
-        about theirs.
+        minutes (mean), difference (mean of the paired differences to the question's first variant), low and high
+        (95 % interval of Student's t for it).
 
     Raises
     ------
-    StudyError : a variant has fewer than two seeds.
+    StudyError : no variant has two seeds.
     """
-    groups = dict(iter(rows.fillna({"changes": ""}).groupby("changes")))  # the base is an empty cell
-    missing = [changes or "the base" for changes in variants(questions) if len(groups.get(changes, ())) < 2]
-    if missing:
-        raise StudyError(f"fewer than two seeds of: {'; '.join(missing)}; run `python -m tools.study ablations`")
-    scores = {changes: group.val_accuracy.tolist() for changes, group in groups.items()}
-    pooled = math.sqrt(statistics.mean(statistics.variance(each) for each in scores.values()))
-    out = []
+    from scipy.stats import t
+
+    runs = rows.fillna({"changes": ""})  # the base is an empty cell
+    scores, out = runs.pivot(index="seed", columns="changes", values="val_accuracy"), []
     for question, each in questions.items():
-        first = scores[next(iter(each.values()))]
+        first, found = next(iter(each.values())), []
         for name, changes in each.items():
-            mine = scores[changes]
-            error = math.sqrt(sum(max(statistics.stdev(s), pooled) ** 2 / len(s) for s in (mine, first)))
-            difference = statistics.mean(mine) - statistics.mean(first)
-            row = (question, name, changes, len(mine), statistics.mean(mine), statistics.stdev(mine))
-            far = abs(difference) > CRITICAL_T * error
-            means = groups[changes][["train_accuracy", "minutes"]].mean()
-            out.append((*row, *means, difference, error, far))
-    return pd.DataFrame(out, columns=SUMMARY)
+            if not {first, changes} <= set(scores):
+                continue
+            paired = (scores[changes] - scores[first]).dropna()
+            if len(paired) < 2:
+                continue
+            mine = runs[(runs.changes == changes) & runs.seed.isin(paired.index)]
+            summary = mine.val_accuracy.mean(), mine.val_accuracy.std(), *mine[["train_accuracy", "minutes"]].mean()
+            reach = t.ppf(0.975, len(paired) - 1) * paired.sem()
+            interval = paired.mean(), paired.mean() - reach, paired.mean() + reach
+            found.append((question, name, changes, len(paired), *summary, *interval))
+        out += found if len(found) > 1 else []
+    if not out:
+        raise StudyError("no variant has two seeds; run `python -m tools.study ablations`")
+    columns = (
+        "question",
+        "variant",
+        "changes",
+        "seeds",
+        "mean",
+        "std",
+        "train",
+        "minutes",
+        "difference",
+        "low",
+        "high",
+    )
+    return pd.DataFrame(out, columns=columns)
 
 
 def recorded_ablations() -> pd.DataFrame:

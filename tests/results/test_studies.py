@@ -8,7 +8,7 @@ import pytest
 from cifar_ft import results
 from cifar_ft.results import StudyError
 
-QUESTIONS = {"One?": {"base": "", "other": "lr=0.5"}, "Two?": {"base": "", "third": "flip=false"}}
+QUESTIONS = {"One?": {"base": "", "other": "lr=0.5"}, "Two?": {"third": "flip=false", "base": ""}}
 
 
 def rows(**accuracies):
@@ -17,29 +17,37 @@ def rows(**accuracies):
         {"changes": changes[name], "seed": seed, "val_accuracy": value, "train_accuracy": 1.1 * value, "minutes": 1.0}
         for name, values in accuracies.items()
         for seed, value in enumerate(values)
+        if value
     ]
-    return pd.DataFrame(found)
+    return pd.DataFrame(found[::-1])  # in any order
 
 
-def test_a_difference_is_told_from_the_spread_of_seeds():
-    runs = rows(base=(0.80, 0.81, 0.82), other=(0.70, 0.71, 0.72), third=(0.80, 0.82, 0.84))
-    found = results.summarize(runs, QUESTIONS).set_index("variant")
-    assert list(found.index) == ["base", "other", "base", "third"]
-    other, third = found.loc["other"], found.loc["third"]
-    assert (other["mean"], other["std"], other.seeds) == (pytest.approx(0.71), pytest.approx(0.01), 3)
-    assert other.difference == pytest.approx(-0.10)
-    assert other.train == pytest.approx(1.1 * 0.71)
-    pooled = ((0.01**2 + 0.01**2 + 0.02**2) / 3) ** 0.5
-    assert other.standard_error == pytest.approx((2 * pooled**2 / 3) ** 0.5)  # three seeds may agree by chance
-    assert third.standard_error == pytest.approx(((pooled**2 + 0.02**2) / 3) ** 0.5)
-    assert other.distinguishable
-    assert not third.distinguishable
-    assert not found.loc["base"].distinguishable.any()
+def test_differences_are_paired_by_seed_with_an_interval_of_students_t():
+    runs = rows(base=(0.70, 0.80, 0.90), other=(0.68, 0.79, 0.87), third=(0.80, 0.82, 0.84))
+    found = results.summarize(runs, QUESTIONS)
+    assert found[["question", "variant"]].to_numpy().tolist() == [
+        ["One?", "base"], ["One?", "other"], ["Two?", "third"], ["Two?", "base"]
+    ]  # fmt: skip
+    other = found.iloc[1]
+    assert (other["mean"], other["std"], other.seeds) == (pytest.approx(0.78), pytest.approx(0.0953939), 3)
+    assert other.train == pytest.approx(1.1 * 0.78)
+    # The differences -0.02, -0.01, -0.03 have a standard error of 0.01 / sqrt(3); t with 2 degrees of freedom: 4.3027.
+    assert other.difference == pytest.approx(-0.02)
+    assert (other.low, other.high) == (pytest.approx(-0.044841, abs=1e-5), pytest.approx(0.004841, abs=1e-5))
+    assert found.iloc[3].difference == pytest.approx(-0.02)  # to its own question's first
+    assert found.loc[[0, 2], ["difference", "low", "high"]].to_numpy().tolist() == [[0, 0, 0]] * 2
 
 
-def test_a_summary_needs_two_seeds_of_everything():
-    with pytest.raises(StudyError, match="flip=false"):
-        results.summarize(rows(base=(0.80, 0.81), other=(0.70, 0.71), third=(0.80,)), QUESTIONS)
+def test_only_seeds_that_both_have_are_compared():
+    runs = rows(base=(0.70, 0.80, 0.90), other=(0, 0.79, 0.88), third=(0.80,))
+    base, other = results.summarize(runs, QUESTIONS).to_dict("records")  # the second question has one seed
+    assert (base["seeds"], other["seeds"]) == (3, 2)
+    assert (other["mean"], other["difference"]) == (pytest.approx(0.835), pytest.approx(-0.015))
+
+
+def test_a_summary_needs_two_seeds():
+    with pytest.raises(StudyError, match="no variant has two seeds"):
+        results.summarize(rows(base=(0.80,), other=(0.70,)), QUESTIONS)
 
 
 def test_the_variants_are_those_of_all_questions_each_once_and_the_base_first():
@@ -68,7 +76,7 @@ def test_redrawn_runs_stand_beside_the_published_log_after_as_many_epochs(tmp_pa
 
 def test_what_was_recorded_is_whole():
     assert list(results.recorded_redrawn()) == list(results.REDRAWN)
-    assert len(results.recorded_ablations()) == sum(map(len, results.ABLATIONS.values()))
+    assert set(pd.read_csv(results.RECORDED / "ablations.csv").changes.fillna("")) <= set(results.variants())
     robustness = results.recorded_robustness()
     assert robustness["accuracy"] == pytest.approx(results.load_run(results.SHIPPED_RUN).accuracy, abs=0.001)
     assert {"corruptions", "corrupted_clean", "without", "coverage"} <= set(robustness)

@@ -25,13 +25,11 @@ def quick(one_thread):
     """Small tensors are quicker on one thread."""
 
 
-def test_every_variant_is_a_recipe_that_differs_from_the_base():
-    base = get_recipe("quick", BASE)
+def test_every_variant_is_a_recipe_and_those_of_a_question_differ():
     assert results.variants()[0] == ""
-    for changes in results.variants()[1:]:
-        assert get_recipe("quick", parse_overrides(BASE) | parse_overrides(changes)) != base
     for question, each in results.ABLATIONS.items():
-        assert "" in each.values(), f"{question} is not compared with the base"
+        recipes = [get_recipe("quick", parse_overrides(BASE) | parse_overrides(changes)) for changes in each.values()]
+        assert len({recipe.model_dump_json() for recipe in recipes}) == len(each) > 1, question
 
 
 def test_a_study_never_gets_the_test_images(small_data, monkeypatch):
