@@ -175,7 +175,8 @@ def run_course(
     given = check_parameters(parameters or (), declared)
     defaults = {name: default for found in declared.values() for name, (default, _) in found.items()}
     chosen = {**defaults, **given}
-    full = {name: str(full_path(value, name)) for name, value in given.items() if name in PATHS and value}
+    named = ("",) if "RECIPE" in chosen else ("", "shipped")  # no folders: see `results.choose_run`
+    full = {name: str(full_path(value, name)) for name, value in given.items() if name in PATHS and value not in named}
     if "RECIPE" in chosen:
         changes = parse_overrides(chosen.get("OVERRIDES", ""))
         if get_recipe(chosen["RECIPE"], changes).weights not in ("imagenet", "none"):

@@ -256,6 +256,9 @@ def test_paths_in_parameters_and_environment_mean_the_callers_folder_in_every_no
     *paths, overrides = texts(home / "out" / "a.ipynb")[2].splitlines()
     assert paths == [f"{here}/cache", f"{home}/my runs", f"{home}/x"]
     assert get_recipe("quick", overrides).weights == f"{here}/my weights.pt"
+    write(here / "reading", "b", "print(RUN_DIR)", parameters='RUN_DIR: str = ""')
+    course.run_course("read", ["RUN_DIR=shipped"], "reading")  # a name, see `results.choose_run`, and no folder
+    assert texts(here / "read" / "b.ipynb")[2] == "shipped\n"
     with pytest.raises(CifarFtError, match="RUN_DIR '~nobody-here/x': there is no such home folder") as caught:
         course.run_course("other", ["RUN_DIR=~nobody-here/x"], "n")
     assert caught.value.wrong_argument
