@@ -28,6 +28,7 @@ from cifar_ft.files import write_atomic
 PALETTE = ("#0173b2", "#d55e00", "#029e73", "#cc78bc", "#949494")  # colour-blind safe, contrast >= 3:1
 GREY, RIGHT, WRONG = "#767676", "#00704f", "#b34700"  # text colours, contrast >= 4.5:1
 MARKERS, HATCHES = ("o", "s", "D", "^", "v"), ("", "//", "..", "xx", "\\\\")
+DASHES = ("-", "--", "-.", ":")
 FULL, WIDE = (8.0, 4.0), (10.0, 4.6)  # inches
 DPI, GAP, HEAVY = 120, 6, 120_000  # dots an inch, dots between pictures, bytes
 
@@ -325,17 +326,25 @@ def confusion_matrix(matrix: Any, class_names: Sequence[str]) -> Figure:
     return fig
 
 
-def calibration_curve(bins: pd.DataFrame, ece: float) -> Figure:
-    """Reliability curve of `results.calibration` above the number of images in each bin of confidence."""
-    fig, (top, low) = new_figure((5.6, 5.4), 2, 1, sharex=True, height_ratios=(3, 1))
-    full = 100 * bins.loc[bins["count"] > 0, ["confidence", "accuracy"]]
+def calibration_curve(curves: Mapping[str, pd.DataFrame], few: int = 20) -> Figure:
+    """Accuracy over confidence with 95 % intervals above the number of images in each bin, on a logarithmic scale.
+
+    `curves` maps labels to frames of `results.reliability`. Bins with fewer than `few` images have no point: the
+    interval around one half is then wider than 40 points.
+    """
+    fig, (top, low) = new_figure((FULL[0], 5.6), 2, 1, sharex=True, height_ratios=(3, 1))
     top.plot([0, 100], [0, 100], color=GREY, linestyle="--", label="perfectly calibrated")
-    top.plot(full.confidence, full.accuracy, color=PALETTE[0], marker="o", label="this model")
-    top.set(ylabel="accuracy (%)", ylim=(0, 104), title=f"expected calibration error {100 * ece:.1f} %")
-    top.legend()
-    left, width = 100 * bins["low_edge"], 100 * (bins["high_edge"] - bins["low_edge"])
-    low.bar(left, bins["count"], width, align="edge", color=PALETTE[0], edgecolor="white")
-    low.set(xlabel="confidence: probability of the predicted class (%)", ylabel="images", xlim=(0, 104))
+    for i, (label, bins) in enumerate(curves.items()):
+        full = 100 * bins.loc[bins["count"] >= few, ["confidence", "accuracy", "low", "high"]]
+        reach = np.abs(full[["low", "high"]].T - full.accuracy).to_numpy(float)
+        look = {"color": PALETTE[i % 5], "marker": MARKERS[i % 5], "markersize": 6, "capsize": 3, "elinewidth": 1}
+        top.errorbar(full.confidence, full.accuracy, reach, label=label, linewidth=1.5, **look)
+        edges = [*100 * bins.low_edge, 100 * bins.high_edge.iloc[-1]]
+        low.stairs(bins["count"], edges, color=PALETTE[i % 5], linewidth=2, baseline=None)
+    top.set(ylabel="accuracy (%)", ylim=(0, 104))
+    top.legend(loc="lower right")
+    low.set(xlabel="confidence: probability of the predicted class (%)", ylabel="images", yscale="log", ylim=(1, None))
+    low.set(xlim=(0, 102), yticks=[1, 10, 100, 1000, 10_000], yticklabels=["1", "10", "100", "1,000", "10,000"])
     return fig
 
 
@@ -387,32 +396,43 @@ def ablation_chart(summary: pd.DataFrame, reach: float = 10) -> Figure:
     return fig
 
 
-def corruption_chart(frame: pd.DataFrame, clean: float) -> Figure:
-    """Accuracy by level of each corruption (`results.corrupted_accuracy`); dashed: the fraction `clean`."""
-    kinds = frame.groupby("corruption", sort=False)
-    fig, axes = new_figure((WIDE[0], 2.9), 1, len(kinds), sharey=True)
-    for ax, (name, part) in zip(axes, kinds, strict=True):
-        levels = range(len(part))
-        ax.axhline(100 * clean, color=GREY, linestyle="--", linewidth=1.2)
-        ax.plot(levels, 100 * part.accuracy, color=PALETTE[0], marker="o")
-        ax.fill_between(levels, 100 * part.low, 100 * part.high, color=PALETTE[0], alpha=0.2)
-        ax.set_xticks(levels, [f"{level:g}" for level in part.level], fontsize=10)
-        ax.set(title=name, ylim=(0, 102))
-        ax.set_xlabel(part.unit.iloc[0], fontsize=10)
-    axes[0].set(ylabel="test accuracy (%)")
+def corruption_chart(runs: Mapping[str, pd.DataFrame]) -> Figure:
+    """Accuracy by severity, a panel for each corruption; severity 0 is the clean images.
+
+    `runs` maps labels to frames of `results.corrupted_accuracy`; a band is the 95 % interval.
+    """
+    names = [name for name in next(iter(runs.values())).corruption.unique() if name != "none"]
+    rows = -(-len(names) // 5)
+    fig, _ = new_figure((WIDE[0], 0.7 + 1.7 * rows), rows, -(-len(names) // rows), sharex=True, sharey=True)
+    panels = fig.axes[: len(names)]
+    for i, (label, frame) in enumerate(runs.items()):
+        for name, ax in zip(names, panels, strict=True):
+            part = frame[frame.corruption.isin(("none", name))].sort_values("severity")
+            look = {"color": PALETTE[i], "marker": MARKERS[i], "markersize": 4, "linestyle": DASHES[i], "label": label}
+            ax.plot(part.severity, 100 * part.accuracy, **look)
+            ax.fill_between(part.severity, 100 * part.low, 100 * part.high, color=PALETTE[i], alpha=0.2, linewidth=0)
+            ax.set_title(name, fontsize=11)
+            ax.set(ylim=(0, 100), xticks=range(6), yticks=(0, 50, 100))
+            ax.tick_params(labelsize=10)
+    fig.supxlabel("severity; 0 is clean", fontsize=12)
+    fig.supylabel("accuracy (%)", fontsize=12)
+    if len(runs) > 1:
+        fig.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(runs))
     return fig
 
 
-def coverage_chart(frame: pd.DataFrame) -> Figure:
-    """Accuracy on the images answered against the share answered, the surest first (`results.selective_accuracy`)."""
-    fig, ax = new_figure((6.4, 3.8))
-    rows = 100 * frame.loc[frame.coverage >= 0.2, ["coverage", "accuracy"]]
-    named = rows.loc[[(rows.coverage - share).abs().idxmin() for share in (80, 90, 100)]]
-    ax.plot(rows.coverage, rows.accuracy, color=PALETTE[0])
-    ax.plot(named.coverage, named.accuracy, "o", color=PALETTE[0])
-    for share, accuracy in named.to_numpy():
-        text = f"{accuracy:.1f} % of {share:.0f}%"
-        ax.annotate(text, (share, accuracy), xytext=(-8, -14), textcoords="offset points", ha="right")
-    ax.margins(y=0.15)
-    ax.set(xlabel="images answered (%), the surest first", ylabel="accuracy on them (%)")
+def coverage_chart(curves: Mapping[str, pd.DataFrame]) -> Figure:
+    """Risk against coverage: the error on the images answered, the surest first, by the share answered.
+
+    `curves` maps labels to frames of `results.selective_accuracy`; their bands low and high are drawn where there are.
+    """
+    fig, ax = new_figure((FULL[0], 3.8))
+    for i, (label, frame) in enumerate(curves.items()):
+        rows = 100 * frame[frame.coverage >= 0.2].iloc[::20]
+        ax.plot(rows.coverage, 100 - rows.accuracy, color=PALETTE[i % 5], label=label, linestyle=DASHES[i % 4])
+        if "low" in rows:
+            band = {"color": PALETTE[i % 5], "alpha": 0.2, "linewidth": 0}
+            ax.fill_between(rows.coverage, 100 - rows.high, 100 - rows.low, **band)
+    ax.set(xlabel="images answered (%), the surest first", ylabel="errors among them (%)", ylim=(0, None))
+    ax.legend(loc="upper left")
     return fig

@@ -29,7 +29,9 @@ PICTURES = RNG.integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)
 CLASS_FRAME = pd.DataFrame({"class": NAMES, "accuracy": np.linspace(0.5, 0.95, 10)})
 CLASS_FRAME = CLASS_FRAME.assign(low=CLASS_FRAME.accuracy - 0.1, high=CLASS_FRAME.accuracy + 0.04, n=100)
 BINS = pd.DataFrame({"confidence": [np.nan, 0.4, 0.9], "accuracy": [np.nan, 0.3, 0.95], "count": [0, 20, 80]})
-BINS = BINS.assign(low_edge=[0, 1 / 3, 2 / 3], high_edge=[1 / 3, 2 / 3, 1])
+BINS = BINS.assign(
+    low_edge=[0, 1 / 3, 2 / 3], high_edge=[1 / 3, 2 / 3, 1], low=[np.nan, 0.15, 0.88], high=[np.nan, 0.5, 1]
+)
 TABLE = pd.DataFrame({"stem": ["a", "b", "c"], "cost": [0.33, 1.3, 1.31], "kind": ["x", "y", "y"]})
 SUMMARY = pd.DataFrame(
     [
@@ -40,10 +42,12 @@ SUMMARY = pd.DataFrame(
     ],
     columns=["question", "variant", "difference", "low", "high"],
 )
-CORRUPTED = pd.DataFrame({"corruption": ["blur", "blur", "noise", "noise"], "level": [0.5, 1, 4, 8]})
-CORRUPTED = CORRUPTED.assign(unit=["sigma in pixels"] * 2 + ["std in grey levels"] * 2)
-CORRUPTED = CORRUPTED.assign(accuracy=[0.9, 0.7, 0.8, 0.6], low=[0.88, 0.67, 0.77, 0.57], high=[0.92, 0.73, 0.83, 0.63])
-COVERAGE = pd.DataFrame({"coverage": np.arange(1, 101) / 100, "accuracy": np.linspace(1, 0.9, 100)})
+CORRUPTED = pd.DataFrame(
+    [("none", 0, 0.96), *((name, s, 0.96 - s / 10) for name in ("gaussian blur", "fog") for s in range(1, 6))],
+    columns=["corruption", "severity", "accuracy"],
+)
+CORRUPTED = CORRUPTED.assign(low=CORRUPTED.accuracy - 0.02, high=CORRUPTED.accuracy + 0.02)
+COVERAGE = pd.DataFrame({"coverage": np.arange(1, 1001) / 1000, "accuracy": np.linspace(1, 0.9, 1000)})
 FIGURES = {
     "image_grid": lambda: plots.image_grid(PICTURES, [*NAMES, "x", "y"]),
     "maps": lambda: plots.image_grid(RNG.normal(size=(5, 7, 7)), ncols=3),
@@ -57,11 +61,11 @@ FIGURES = {
     "lines": lambda: plots.lines(TABLE, "stem", "cost", hue="kind"),
     "bars": lambda: plots.bars(TABLE, "cost", "stem", xlabel="cost (GMAC)"),
     "confusion_matrix": lambda: plots.confusion_matrix(np.eye(10, dtype=int) * 900 + 3, NAMES),
-    "calibration_curve": lambda: plots.calibration_curve(BINS, 0.031),
+    "calibration_curve": lambda: plots.calibration_curve({"before": BINS, "after": BINS}),
     "per_class_bars": lambda: plots.per_class_bars(CLASS_FRAME),
     "ablation_chart": lambda: plots.ablation_chart(SUMMARY),
-    "corruption_chart": lambda: plots.corruption_chart(CORRUPTED, 0.97),
-    "coverage_chart": lambda: plots.coverage_chart(COVERAGE),
+    "corruption_chart": lambda: plots.corruption_chart({"quick": CORRUPTED, "other": CORRUPTED}),
+    "coverage_chart": lambda: plots.coverage_chart({"a": COVERAGE, "b": COVERAGE.assign(low=0.85, high=1)}),
     "redrawn_chart": lambda: plots.redrawn_chart({"a": TESTED[:2], "b": TESTED[:3]}, TESTED),
 }
 
@@ -123,8 +127,8 @@ def test_titles_of_neighbouring_pictures_do_not_touch(ncols):
         ("per_class_bars", {"accuracy (%), with 95 % interval"}),
         ("prediction_figure", {"probability (%)"}),
         ("ablation_chart", {"difference in validation accuracy (points), with 95 % interval"}),
-        ("corruption_chart", {"test accuracy (%)", "sigma in pixels", "std in grey levels"}),
-        ("coverage_chart", {"images answered (%), the surest first", "accuracy on them (%)"}),
+        ("corruption_chart", {"accuracy (%)", "severity; 0 is clean"}),
+        ("coverage_chart", {"images answered (%), the surest first", "errors among them (%)"}),
         ("redrawn_chart", {"epoch", "test accuracy (%)", "test loss (nats)"}),
         ("bars", {"cost (GMAC)"}),
     ],
@@ -334,16 +338,26 @@ def test_many_ablations_stand_in_two_columns_each_question_whole():
     assert [column[0] for column in columns] == ["Which size?0", "Which stem?3"]
 
 
-def test_each_corruption_has_its_own_panel_and_levels():
-    axes = plots.corruption_chart(CORRUPTED, 0.97).axes
-    assert [ax.get_title() for ax in axes] == ["blur", "noise"]
-    assert [[tick.get_text() for tick in ax.get_xticklabels()] for ax in axes] == [["0.5", "1"], ["4", "8"]]
-    assert axes[1].lines[1].get_ydata().tolist() == [80, 60]
+def test_each_corruption_has_its_own_panel_that_begins_with_the_clean_images():
+    worse = CORRUPTED.assign(accuracy=0.5)
+    fig = plots.corruption_chart({"quick": CORRUPTED, "other": worse})
+    assert [ax.get_title() for ax in fig.axes] == ["gaussian blur", "fog"]
+    for ax in fig.axes:
+        first, second = ax.lines
+        assert first.get_xdata().tolist() == [0, 1, 2, 3, 4, 5]
+        assert first.get_ydata().tolist() == pytest.approx([96, 86, 76, 66, 56, 46])
+        assert second.get_ydata().tolist() == [50] * 6
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["quick", "other"]
+    assert not plots.corruption_chart({"quick": CORRUPTED}).legends
 
 
-def test_coverage_names_the_accuracy_at_80_90_and_all():
-    found = [text.get_text() for text in plots.coverage_chart(COVERAGE).axes[0].texts]
-    assert found == ["92.0 % of 80%", "91.0 % of 90%", "90.0 % of 100%"]
+def test_coverage_is_drawn_as_the_errors_among_the_images_answered_with_a_band_where_there_is_one():
+    ax = FIGURES["coverage_chart"]().axes[0]
+    assert [line.get_label() for line in ax.lines] == ["a", "b"]
+    places, errors = ax.lines[0].get_data()
+    assert places[0] == pytest.approx(20)  # among fewer images one error is much
+    assert errors == pytest.approx(np.interp(places, 100 * COVERAGE.coverage, 100 - 100 * COVERAGE.accuracy))
+    assert len(ax.collections) == 1
 
 
 def test_the_chart_of_redrawn_runs_draws_accuracy_and_loss_of_each_as_far_as_the_longest():
@@ -352,3 +366,9 @@ def test_the_chart_of_redrawn_runs_draws_accuracy_and_loss_of_each_as_far_as_the
     assert list(drawn) == ["published log (whole ResNet-50)", "a", "b"]
     assert drawn["b"] == drawn["published log (whole ResNet-50)"] == pytest.approx([50, 55, 60])
     assert [line.get_ydata().tolist() for line in loss.lines] == [[0.5] * 3, [0.5] * 2, [0.5] * 3]
+
+
+def test_a_bin_of_a_few_images_has_no_point():
+    bins = BINS.assign(count=[0, 19, 80])
+    top = plots.calibration_curve({"a": bins}).axes[0]
+    assert [line.get_xdata().tolist() for line in top.lines if line.get_marker() == "o"] == [[90.0]]

@@ -113,34 +113,59 @@ def shipped_table(folder: Path) -> str:
         )
         for name, each in found["without"].items()
     ]
-    for each in found["coverage"]:
-        if round(100 * each["coverage"]) in (80, 90):
-            name = f"accuracy on the surest {100 * each['coverage']:.0f} %"
-            answered = round(10_000 * each["coverage"])
-            interval = results.wilson_interval(round(answered * each["accuracy"]), answered)
-            rows.append((name, f"{answered:,}", _score(each["accuracy"], *interval)))
-    before, after = (f"{100 * found[name]:.1f} points" for name in ("ece_before", "ece_after"))
-    rows.append(("calibration error", "10,000", before))
-    rows.append((f"calibration error with temperature {found['temperature']:.2f}", "10,000", after))
     run = results.load_run(folder / "cpu")
-    for name, temperature in (("without", 1.0), ("with", found["temperature"])):
-        probabilities = torch.tensor(run.logits / temperature).softmax(1).numpy()
-        sure, right = probabilities.max(1), probabilities.argmax(1) == run.labels
-        right = right[(sure >= 0.75) & (sure < 0.85)]
-        score = _score(right.mean(), *results.wilson_interval(int(right.sum()), len(right)))
-        rows.append((f"accuracy where it says 75 to 85 %, {name} the temperature", f"{len(right):,}", score))
+    for share in (80, 90):
+        answered = len(run.labels) * share // 100
+        right = round(_coverage(run).accuracy[answered - 1] * answered)
+        score = _score(right / answered, *results.wilson_interval(right, answered))
+        rows.append((f"accuracy on the surest {share} %", f"{answered:,}", score))
+    for name, probabilities in _calibrations(run).items():
+        error = results.reliability(run.labels, probabilities)[1]
+        rows.append((f"calibration error, {name}", f"{len(run.labels):,}", f"{100 * error:.1f} points"))
     rows.append(("called unlike anything in CIFAR-10", "10,000", f"{100 * found['false_alarms']:.1f} %"))
     return table(("of the shipped model", "images", "measured"), rows)
 
 
+def reliability_table(folder: Path) -> str:
+    """How often the shipped model's run was right, by what it says: as trained, and as it answers."""
+    run, rows = results.load_run(folder / "cpu"), []
+    found = [results.reliability(run.labels, each, results.STATED)[0] for each in _calibrations(run).values()]
+    for bins in zip(*(frame.itertuples() for frame in found), strict=True):
+        cells = [f"{100 * bins[0].low_edge:g} to {100 * bins[0].high_edge:g} %"]
+        for each in bins:
+            cells += [f"{each.count:,}", _score(each.accuracy, each.low, each.high) if each.count else ""]
+        rows.append(cells)
+    columns = [f"{name}: {what}" for name in _calibrations(run) for what in ("images", "right")]
+    return table(("it says", *columns), rows)
+
+
+def _calibrations(run: results.Run) -> dict[str, torch.Tensor]:
+    """The run's probabilities of the test images, as trained and as `Predictor` gives them."""
+    fitted, logits = run.metrics["calibration"], torch.from_numpy(run.logits)
+    calibrated = results.probabilities(logits, fitted["temperature"], fitted["power"])
+    return {"as trained": logits.softmax(1), "calibrated": calibrated}
+
+
+def _coverage(run: results.Run, resamples: int = 0) -> pd.DataFrame:
+    sureness = _calibrations(run)["calibrated"].amax(1).numpy()
+    return results.selective_accuracy(run.predictions == run.labels, sureness, resamples)
+
+
 def corruptions_table(folder: Path) -> str:
-    """Accuracy of the shipped model under each corruption, the mildest level first."""
+    """Accuracy of the shipped model under each corruption at each severity, and the means."""
     found = _json(folder / "shipped.json")
-    rows = [("none", f"{100 * found['corrupted_clean']:.1f} %", *[""] * 4)]
-    for name, each in pd.DataFrame(found["corruptions"]).groupby("corruption", sort=False):
-        levels = [f"{row.level:g}: {100 * row.accuracy:.1f} %" for row in each.itertuples()]
-        rows.append((f"{name} ({each.unit.iloc[0]})", *levels))
-    return table(("corruption", *(f"level {i}" for i in range(1, 6))), rows)
+    clean, *corrupted = found["corruptions"]
+    rows = []
+    for name, each in pd.DataFrame(corrupted).groupby("corruption", sort=False):
+        cells = {
+            row.severity: f"{100 * row.accuracy:.0f} [{100 * row.low:.0f}, {100 * row.high:.0f}]"
+            for row in each.itertuples()
+        }
+        rows.append((name, *(cells.get(severity, "") for severity in range(1, 6))))
+    text = (
+        f"Clean: {_score(clean['accuracy'], clean['low'], clean['high'])}; {found['corrupted_images']:,} test images."
+    )
+    return table(("accuracy (%)", *(f"severity {i}" for i in range(1, 6))), rows) + f"\n\n{text}"
 
 
 def ablations_table(folder: Path) -> str:
@@ -271,6 +296,7 @@ def gpu_table(folder: Path) -> str:
 TABLES = {
     "results": runs_table,
     "shipped": shipped_table,
+    "reliability": reliability_table,
     "corruptions": corruptions_table,
     "ablations": ablations_table,
     "redrawn": redrawn_table,
@@ -324,9 +350,11 @@ def figures(folder: Path) -> dict[str, Figure]:
         "accuracy_curve": plots.accuracy_curves(history, published),
         "confusion_matrix": plots.confusion_matrix(results.confusion(run.labels, run.predictions), CLASSES),
         "per_class": plots.per_class_bars(results.per_class_accuracy(run.labels, run.predictions, CLASSES)),
-        "calibration": plots.calibration_curve(*results.calibration(run.labels, run.probabilities)),
-        "corruptions": plots.corruption_chart(pd.DataFrame(shipped["corruptions"]), shipped["corrupted_clean"]),
-        "coverage": plots.coverage_chart(pd.DataFrame(shipped["coverage"])),
+        "calibration": plots.calibration_curve(
+            {name: results.reliability(run.labels, each)[0] for name, each in _calibrations(run).items()}
+        ),
+        "corruptions": plots.corruption_chart({"shipped model": pd.DataFrame(shipped["corruptions"])}),
+        "coverage": plots.coverage_chart({"the shipped model": _coverage(run, 200)}),
         "ablations": plots.ablation_chart(results.summarize(pd.read_csv(folder / "ablations.csv"))),
         "redrawn": plots.redrawn_chart(
             {results.REDRAWN[name][2]: history for name, (history, _) in redrawn.items()}, published
