@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import typer
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from cifar_ft import log, results, training
 from cifar_ft.data import CLASSES, Cifar10, Split, load_cifar10
@@ -94,10 +93,18 @@ def redrawn(
 
 @app.command()
 def robustness(
-    out: Annotated[Path, typer.Option(parser=full_path, help="JSON file.")] = ROOT / "results" / "shipped.json",
+    runs: Annotated[
+        list[Path],
+        typer.Option("--run", parser=full_path, help="Runs to compare with the first, on validation. Repeatable."),
+    ] = (),
+    out: Annotated[Path | None, typer.Option(parser=full_path, help="JSON file; default: in results/.")] = None,
 ) -> None:
-    """Score the shipped model on the test set, clean and corrupted, and compare with its recorded accuracy."""
-    measure_shipped(out, load_cifar10().test)
+    """Score the shipped model on the test set, or runs on validation, clean and corrupted."""
+    data = load_cifar10()
+    if runs:
+        measure_runs(out or ROOT / "results" / "defence.json", runs, data.val)
+    else:
+        measure_shipped(out or ROOT / "results" / "shipped.json", data.test)
 
 
 def without_test(data: Cifar10) -> Cifar10:
@@ -198,7 +205,7 @@ def redraw(name: str, data: Cifar10, out: Path, epochs: int, settings: str = "")
     return run
 
 
-def measure_shipped(out: Path, test: Split, corrupted_images: int = 2000) -> dict:
+def measure_shipped(out: Path, test: Split, corrupted_images: int = 1000) -> dict:
     """Measure what plain accuracy does not say of the shipped model, write it to `out`, and compare with its run.
 
     Parameters
@@ -206,14 +213,13 @@ def measure_shipped(out: Path, test: Split, corrupted_images: int = 2000) -> dic
     test : Split
         The 10,000 test images in the official order.
     corrupted_images : int
-        How many of them, a stratified sample, are scored under each corruption and level.
+        How many of them, a stratified sample, are scored under each corruption and severity.
 
     Returns
     -------
     dict
-        JSON-ready: model, accuracy, ci95, temperature (fitted on validation), ece_before, ece_after, false_alarms
-        (share of test images called unknown), without (see `results.accuracy_without`), corruptions (rows), their
-        number of images and clean accuracy, and coverage (rows).
+        JSON-ready: model, accuracy, ci95, false_alarms (share of test images called unknown), without (see
+        `results.accuracy_without`), and what `_corrupted` gives.
 
     Raises
     ------
@@ -221,29 +227,15 @@ def measure_shipped(out: Path, test: Split, corrupted_images: int = 2000) -> dic
         When its accuracy is more than 0.05 points off that of its run.
     """
     predictor, recorded = Predictor.shipped(), results.load_run(results.SHIPPED_RUN).accuracy
-    transform, sample = eval_transform(predictor.recipe), test.subset(min(corrupted_images, len(test)))
-
-    def logits_of(images: Tensor, split: Split = sample) -> Tensor:
-        return predict_logits(predictor.model, replace(split, images=images), transform)
-
-    logits, temperature = logits_of(test.images, test), predictor.calibration["temperature"]
-    labels, right = test.labels.numpy(), (logits.argmax(1) == test.labels).numpy()
-    calibrated = (logits / temperature).softmax(1).numpy()
-    coverage = results.selective_accuracy(labels, calibrated)
-    drawn = [round(share * len(coverage)) - 1 for share in np.arange(0.2, 1.001, 0.02)]
+    logits = predict_logits(predictor.model, test, eval_transform(predictor.recipe))
+    right = (logits.argmax(1) == test.labels).numpy()
     found = {
         "model": predictor.source,
         "accuracy": float(right.mean()),
         "ci95": results.wilson_interval(int(right.sum()), len(right)),
-        "temperature": temperature,
-        "ece_before": results.calibration(labels, logits.softmax(1).numpy())[1],
-        "ece_after": results.calibration(labels, calibrated)[1],
-        "false_alarms": float((results.energy(logits) < predictor.calibration["lowest_energy"]).mean()),
+        "false_alarms": float((results.energy(logits) > predictor.highest_energy).mean()),
         "without": results.accuracy_without(results.test_issues(), right, test.indices.numpy()),
-        "corrupted_images": len(sample),
-        "corrupted_clean": float(right[np.isin(test.indices, sample.indices)].mean()),
-        "corruptions": results.corrupted_accuracy(logits_of, sample.images, sample.labels).to_dict("records"),
-        "coverage": coverage.iloc[drawn].to_dict("records"),
+        **_corrupted(predictor, test, corrupted_images)[0],
     }
     write_atomic(out, (json.dumps(found, indent=1) + "\n").encode())
     off = abs(found["accuracy"] - recorded)
@@ -254,6 +246,58 @@ def measure_shipped(out: Path, test: Split, corrupted_images: int = 2000) -> dic
     if off > TOLERANCE:
         raise PredictionError("the shipped model is not as accurate as its run; ship the run again (make ship)")
     return found
+
+
+def measure_runs(out: Path, paths: Iterable[Path], val: Split, corrupted_images: int = 2000) -> dict:
+    """Score runs on the validation images, clean and corrupted, and write to `out` how they differ from the first one.
+
+    Returns
+    -------
+    dict
+        JSON-ready: images, and runs, of which each has recipe, changes (of the recipe of this name), seed, accuracy,
+        ci95, difference (of the accuracy on clean images from the first run's, paired, with its interval),
+        mean_difference (alike, of the mean over corruptions), and what `_corrupted` gives.
+    """
+    found, first = [], None
+    for path in paths:
+        predictor, recipe = Predictor.from_run(path), results.load_run(path).recipe
+        logits = predict_logits(predictor.model, val, eval_transform(recipe))
+        right = (logits.argmax(1) == val.labels).numpy()
+        corrupted, shares = _corrupted(predictor, val, corrupted_images)
+        first = first or (right, shares)
+        clean, under = results.paired_test(right, first[0]), shares - first[1]
+        named = get_recipe(recipe.name).to_dict()
+        found.append(
+            {
+                "recipe": recipe.name,
+                "changes": {key: value for key, value in recipe.to_dict().items() if value != named[key]},
+                "seed": recipe.seed,
+                "accuracy": float(right.mean()),
+                "ci95": results.wilson_interval(int(right.sum()), len(right)),
+                "difference": (clean.difference, clean.low, clean.high),
+                "mean_difference": (float(under.mean()), *results.mean_interval(under)),
+                **corrupted,
+            }
+        )
+    written = {"images": len(val), "runs": found}
+    write_atomic(out, (json.dumps(written, indent=1) + "\n").encode())
+    return written
+
+
+def _corrupted(predictor: Predictor, split: Split, images: int) -> tuple[dict, np.ndarray]:
+    """How a model does on a stratified sample of so many images under `transforms.CORRUPTIONS`.
+
+    The dictionary has corrupted_images, corruptions (rows of `results.corrupted_accuracy`), and mean and mean_ci95 over
+    CIFAR-10-C's corruptions and severities; the array is its `shares`.
+    """
+    sample, transform = split.subset(min(images, len(split))), eval_transform(predictor.recipe)
+    frame, shares = results.corrupted_accuracy(
+        lambda seen: predict_logits(predictor.model, replace(sample, images=seen), transform),
+        sample.images,
+        sample.labels,
+    )
+    mean = {"mean": float(shares.mean()), "mean_ci95": results.mean_interval(shares)}
+    return {"corrupted_images": len(sample), **mean, "corruptions": frame.to_dict("records")}, shares
 
 
 if __name__ == "__main__":

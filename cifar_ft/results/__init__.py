@@ -20,7 +20,7 @@ from cifar_ft.results.metrics import (
     per_class_accuracy,
     wilson_interval,
 )
-from cifar_ft.results.robustness import accuracy_without, corrupted_accuracy
+from cifar_ft.results.robustness import MEAN, accuracy_without, corrupted_accuracy, mean_interval
 from cifar_ft.results.runs import (
     RECORDED,
     SHIPPED_RUN,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -10,21 +11,47 @@ from torch import Tensor
 
 from cifar_ft import log
 from cifar_ft.results.metrics import accuracy_text, wilson_interval
-from cifar_ft.transforms import CORRUPTIONS
+from cifar_ft.transforms import CORRUPTIONS, OURS, corrupt
+
+SEVERITIES = range(1, 6)
+MEAN = f"mean of the {len(CORRUPTIONS) - 1}"
 
 
-def corrupted_accuracy(logits_of: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> pd.DataFrame:
-    """Accuracy under every corruption and level: columns corruption, level, unit, accuracy, low, high (95 % Wilson).
+def corrupted_accuracy(
+    logits_of: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """Accuracy under every corruption at every severity.
 
-    `logits_of` maps uint8 images [N, 3, 32, 32] to logits [N, 10]; it resizes them, after they were corrupted.
+    Parameters
+    ----------
+    logits_of : maps uint8 images [N, 3, 32, 32] to logits [N, 10]; it resizes them, after they were corrupted.
+
+    Returns
+    -------
+    frame : columns corruption, severity, accuracy, low, high (95 %). The first row, "none" of severity 0, is of the
+        clean images; the last five, `MEAN`, are the means over CIFAR-10-C's corruptions, without those that are ours.
+    shares : float array [N], under which share of CIFAR-10-C's corruptions and severities each image was classified
+        right. `mean_interval` of it is what to compare models by: one image is right or wrong under many corruptions
+        at once, so that intervals of their accuracies must not be combined as if other images were behind each.
     """
-    rows = []
-    for name, (function, levels, unit) in CORRUPTIONS.items():
-        for level in levels:
-            correct = int((logits_of(function(images, level)).argmax(1) == labels).sum())
-            log.info(f"{name} {level:g}: {accuracy_text(correct, len(labels))}")
-            rows.append((name, level, unit, correct / len(labels), *wilson_interval(correct, len(labels))))
-    return pd.DataFrame(rows, columns=["corruption", "level", "unit", "accuracy", "low", "high"])
+
+    right, rows = {}, []
+    for name, severity in [("none", 0), *itertools.product(CORRUPTIONS, SEVERITIES)]:
+        seen = corrupt(images, name, severity) if severity else images
+        right[name, severity] = hits = (logits_of(seen).argmax(1) == labels).cpu().numpy()
+        log.info(f"{name} {severity}: {accuracy_text(int(hits.sum()), len(hits))}")
+        rows.append((name, severity, hits.mean(), *wilson_interval(int(hits.sum()), len(hits))))
+    theirs = [
+        np.mean([right[name, severity] for name in CORRUPTIONS if name != OURS], axis=0) for severity in SEVERITIES
+    ]
+    rows += [(MEAN, severity, share.mean(), *mean_interval(share)) for severity, share in enumerate(theirs, 1)]
+    return pd.DataFrame(rows, columns=["corruption", "severity", "accuracy", "low", "high"]), np.mean(theirs, axis=0)
+
+
+def mean_interval(values: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of the mean of values [N] that were drawn independently, by the normal distribution."""
+    error = 1.96 * values.std(ddof=1) / len(values) ** 0.5
+    return float(values.mean() - error), float(values.mean() + error)
 
 
 def accuracy_without(issues: pd.DataFrame, correct: np.ndarray, indices: np.ndarray | None = None) -> dict[str, dict]:

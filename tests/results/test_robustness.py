@@ -5,21 +5,34 @@ import pytest
 import torch
 
 from cifar_ft import results
-from cifar_ft.transforms import CORRUPTIONS
+from cifar_ft.transforms import CORRUPTIONS, corrupt
 
 
-def test_every_corruption_gets_worse_and_is_scored(samples):
-    def bright_enough(images):  # a stand-in for a model: right where the picture is near the clean one
-        near = (images.float() - samples.images.float()).abs().mean((1, 2, 3)) < 20
+def test_every_corruption_is_scored_at_every_severity_and_the_mean_is_of_cifar_10_cs(samples):
+    seen = []
+
+    def near(images):  # a stand-in for a model: right where the picture is near the clean one
+        seen.append(images)
+        right = (images.float() - samples.images.float()).abs().mean((1, 2, 3)) < 15
         wrong = (samples.labels + 1) % 10
-        return torch.nn.functional.one_hot(torch.where(near, samples.labels, wrong), 10).float()
+        return torch.nn.functional.one_hot(torch.where(right, samples.labels, wrong), 10).float()
 
-    found = results.corrupted_accuracy(bright_enough, samples.images, samples.labels)
-    assert len(found) == sum(len(levels) for _, levels, _ in CORRUPTIONS.values())
-    for _, part in found.groupby("corruption", sort=False):
-        assert part.accuracy.is_monotonic_decreasing
-    assert ((found.low <= found.accuracy) & (found.accuracy <= found.high)).all()
-    assert list(found.corruption.unique()) == list(CORRUPTIONS)
+    frame, shares = results.corrupted_accuracy(near, samples.images, samples.labels)
+    assert frame.iloc[0].tolist()[:3] == ["none", 0, 1.0]
+    assert list(frame.corruption.unique()) == ["none", *CORRUPTIONS, results.MEAN]
+    assert torch.equal(seen[0], samples.images)
+    assert torch.equal(seen[3], corrupt(samples.images, "gaussian noise", 3))
+    assert ((frame.low <= frame.accuracy) & (frame.accuracy <= frame.high)).all()
+    table = frame.pivot_table(index="corruption", columns="severity", values="accuracy")
+    for severity in range(1, 6):
+        assert table.loc[results.MEAN, severity] == pytest.approx(table.loc[[*CORRUPTIONS][:13], severity].mean())
+    assert table.loc["contrast", 1] > table.loc["contrast", 5]
+    assert shares.shape == (200,)
+    assert shares.mean() == pytest.approx(table.loc[results.MEAN].mean())
+    # Each image is right under its own corruptions: 65 scores of 200 images are no 13,000 images.
+    low, high = results.mean_interval(shares)
+    assert 1.96 * shares.std() / 200**0.5 == pytest.approx((high - low) / 2, rel=0.01)
+    assert low < shares.mean() < high
 
 
 def test_accuracy_without_doubtful_images_leaves_out_just_those():

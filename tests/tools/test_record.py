@@ -187,7 +187,7 @@ def test_a_shipped_model_that_is_not_its_run_is_found(finished, copied, small_da
     monkeypatch.setattr(results, "SHIPPED_RUN", finished.path)
     found = study.measure_shipped(shipped.parent / "shipped.json", small_data.test)
     assert json.loads((shipped.parent / "shipped.json").read_text()) == json.loads(json.dumps(found))
-    assert found["corrupted_clean"] == found["accuracy"] == found["coverage"][-1]["accuracy"]
+    assert found["corruptions"][0]["accuracy"] == found["accuracy"]
     assert found["without"]["all"] == {"images": 40, "accuracy": found["accuracy"], "ci95": found["ci95"]}
     labels = finished.logits.argmax(1)  # of a run that had everything right
     np.savez(copied / "test_logits.npz", logits=finished.logits, labels=labels)

@@ -185,3 +185,26 @@ def test_redrawn_refuses_what_it_cannot_do_before_it_begins(arguments, message, 
     assert done.exit_code != 0
     assert message in " ".join((done.output + str(done.exception)).replace("│", " ").split())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_are_compared_with_the_first_on_validation_clean_and_corrupted(small_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "load_cifar10", lambda: study.without_test(small_data))
+    for share in (0, 0.5):
+        training.fit(recipe(epochs=1, degrade=share), small_data, tmp_path / f"run{share}")
+    options = [word for share in (0, 0.5) for word in ("--run", str(tmp_path / f"run{share}"))]
+    done = CliRunner().invoke(study.app, ["robustness", *options, "--out", str(tmp_path / "defence.json")])
+    assert done.exit_code == 0, done.exception
+    found = json.loads((tmp_path / "defence.json").read_text())
+    first, second = found["runs"]
+    assert found["images"] == first["corrupted_images"] == len(small_data.val)
+    assert ("degrade" in first["changes"], second["changes"]["degrade"]) == (False, 0.5)
+    assert (first["difference"], first["mean_difference"]) == ([0, 0, 0], [0, 0, 0])
+    for run in (first, second):
+        clean = run["corruptions"][0]
+        assert (clean["corruption"], clean["accuracy"]) == ("none", run["accuracy"])
+        means = [row["accuracy"] for row in run["corruptions"] if row["corruption"] == results.MEAN]
+        assert run["mean"] == pytest.approx(sum(means) / 5)
+        for name, value in (("difference", run["accuracy"]), ("mean_difference", run["mean"])):
+            difference, low, high = run[name]
+            assert difference == pytest.approx(value - first["accuracy" if name == "difference" else "mean"])
+            assert low <= difference <= high
