@@ -3,10 +3,10 @@
 CIFAR-10-C (Hendrycks and Dietterich, ICLR 2019, arXiv:1903.12261) corrupts the test set in fifteen ways and four extra
 ones, each at five severities. Eleven of the fifteen are made here, and two of the four: Gaussian blur and saturation.
 The functions and their constants are those of the published code (github.com/hendrycks/robustness, make_cifar_c.py);
-where one differs, it says how. All of them draw at random what is random, and round where the published code cuts
-fractions off, so that an accuracy on them is near to one on CIFAR-10-C and is not one. Left out are glass blur, snow,
-frost and elastic transform, speckle noise and spatter, which need OpenCV, ImageMagick, photographs of frost or a loop
-over pixels.
+where one differs, it says how. The random draws are our own, and values are rounded where the published code cuts their
+fractions off, so that an accuracy on them is none on CIFAR-10-C. Left out are glass blur (a loop over pixels), snow,
+elastic transform and spatter (made with OpenCV or ImageMagick), frost (photographs), and speckle noise, since three
+kinds of noise are enough.
 """
 
 from __future__ import annotations
