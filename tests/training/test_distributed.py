@@ -150,6 +150,7 @@ def test_frozen_batchnorm_trains_weights_and_keeps_statistics():
 def gpus(monkeypatch):
     """Two GPUs that are not there, and an Accelerate that starts anew."""
     taken = []
+    monkeypatch.delenv("CIFAR_FT_DEVICE", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
