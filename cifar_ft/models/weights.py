@@ -124,7 +124,7 @@ def resolve_backbone(backbone: str) -> str:
     """Return `backbone`, with "auto" replaced by what it means here.
 
     "auto" is ResNet-50 on a GPU, where its weights are cached or can be fetched (they are), and EfficientNet-Lite0 on
-    a CPU, where ResNet-50 takes several times as long; the log gets one line that says which and why.
+    a CPU, where it trains in about half of ResNet-50's time; the log gets one line that says which and why.
     `$CIFAR_FT_BACKBONE` names another meaning.
     """
     wanted, what = backbone, "backbone"
