@@ -1,6 +1,14 @@
 """Chapter 06: a trained model on any picture, why it answers as it does, and the model as an ONNX file."""
 
-from cifar_ft.predictions.explanations import ExplanationError, FeatureBank, grad_cam, overlay, sensitivity, variants
+from cifar_ft.predictions.explanations import (
+    ExplanationError,
+    FeatureBank,
+    grad_cam,
+    occlusion,
+    overlay,
+    sensitivity,
+    variants,
+)
 from cifar_ft.predictions.folders import PARTIAL, count_files, is_device, predict_paths, write_csv
 from cifar_ft.predictions.images import (
     MESSAGES,

@@ -1,9 +1,11 @@
-"""Why the model said so (notebook 06): where it looked, which pictures it finds alike, what would change its answer.
+"""What an answer depends on (notebook 06): heat maps, the most similar pictures, changes that move it.
 
 Everything is done on the 32-pixel square that the network sees, and leaves the model as it was.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pandas as pd
@@ -30,13 +32,14 @@ class ExplanationError(CifarFtError, ValueError):
 def grad_cam(
     predictor: Predictor, image, target: int | str | None = None, *, stage: str | None = None, fit: str = "crop"
 ) -> np.ndarray:
-    """Where the network sees a class: Grad-CAM (Selvaraju et al., ICCV 2017), computed by captum's `LayerGradCam`.
+    """Which places of a late layer raise the logit of a class: Grad-CAM (Selvaraju et al., ICCV 2017), by captum.
 
-    The map is taken at the last layer that still has places: the last stage of a ResNet, the activation after
-    `conv_head` of EfficientNet-Lite0. Only the average over all places and the head follow it, so that the map, before
-    its negative parts are cut off and it is scaled, sums to the class's logit less its bias. It is coarse (an input of
-    112 pixels has 4 x 4 places there) and each place has seen the whole picture: a map is a hint, no proof. Which
-    layer agrees best with what covering a patch takes from the logit differs from model to model.
+    By default the layer is the last one that still has places: the last stage of a ResNet, the activation after
+    `conv_head` of EfficientNet-Lite0. Only the average over all places and the head follow it, so that the map before
+    its ReLU, summed over the places, is the class's logit less its bias. The ReLU then sets to zero what speaks
+    against the class. The map is coarse (an input of 112 pixels has 4 x 4 places there), and each place has seen far
+    more of the picture than it covers: it tells how the logit is composed, and neither which pixels the answer depends
+    on (see `occlusion`) nor whether they are a good reason.
 
     Parameters
     ----------
@@ -51,7 +54,8 @@ def grad_cam(
     Returns
     -------
     float32 array [32, 32]
-        From 0 to 1, where 1 is the strongest evidence in this picture; all zeros where no place stands out.
+        What each place adds to the logit, 0 or more, enlarged to the picture; maps of several classes of one picture
+        have one scale.
 
     Raises
     ------
@@ -62,8 +66,7 @@ def grad_cam(
     """
     from captum.attr import LayerGradCam
 
-    seen = square(read_image(image), fit)
-    index = predictor.predict(seen)[0].index if target is None else _class_index(target)
+    seen, index = _question(predictor, image, target, fit)
     parts = {name: layers[-1] for name, layers in stages(predictor.model).items() if name != "head"}
     stage = list(parts)[-1] if stage is None else stage
     if stage not in parts:
@@ -71,13 +74,58 @@ def grad_cam(
     with evaluating(predictor.model):
         explanation = LayerGradCam(predictor.model, parts[stage])
         heat = explanation.attribute(_input(predictor, seen[None]), index, relu_attributions=True)
-    heat = F.interpolate(heat.detach().float(), (SIZE, SIZE), mode="bilinear", align_corners=False)[0, 0].cpu()
-    if not heat.isfinite().all():
+    heat = F.interpolate(heat.detach().float(), (SIZE, SIZE), mode="bilinear", align_corners=False)[0, 0]
+    return _finite(predictor, heat)
+
+
+def occlusion(
+    predictor: Predictor, image, target: int | str | None = None, *, side: int = 8, fit: str = "crop"
+) -> np.ndarray:
+    """What covering a part of the picture takes from the logit of a class (Zeiler and Fergus, ECCV 2014), by captum.
+
+    A square of the picture's mean colour is laid over every place, half its side apart; the model is asked each time.
+    Unlike Grad-CAM it looks at no layer and changes what the model sees, into a picture unlike those it was trained on.
+
+    Parameters
+    ----------
+    predictor, image, target, fit
+        As for `grad_cam`.
+    side : int
+        Of the square that covers, in pixels, 2 to 32.
+
+    Returns
+    -------
+    float32 array [32, 32]
+        How much the logit falls when a pixel is covered, the mean over all squares that cover it; negative where the
+        class is found more likely without it.
+    """
+    from captum.attr import Occlusion
+
+    if isinstance(side, bool) or not isinstance(side, (int, np.integer)) or not 2 <= side <= SIZE:
+        raise ExplanationError(f"a square of side {side!r} cannot cover a part; choose 2 to {SIZE} pixels")
+    seen, index = _question(predictor, image, target, fit)
+    with evaluating(predictor.model), torch.inference_mode():
+        falls = Occlusion(lambda images: predictor.model(_input(predictor, images.byte()))).attribute(
+            seen[None].float(),
+            target=index,
+            sliding_window_shapes=(3, side, side),
+            strides=(3, side // 2, side // 2),
+            baselines=seen.float().mean((1, 2)).round()[None, :, None, None].expand(1, 3, SIZE, SIZE),
+            perturbations_per_eval=BATCH,
+        )
+    return _finite(predictor, falls[0, 0])
+
+
+def _question(predictor: Predictor, image, target: int | str | None, fit: str) -> tuple[Tensor, int]:
+    """The picture as the network sees it, uint8 [3, 32, 32], and the number of the class that is asked about."""
+    seen = square(read_image(image), fit)
+    return seen, predictor.predict(seen)[0].index if target is None else _class_index(target)
+
+
+def _finite(predictor: Predictor, values: Tensor) -> np.ndarray:
+    if not values.isfinite().all():
         raise ExplanationError(f"{predictor.source} gives values that are not finite; use another run")
-    low, high = heat.aminmax()
-    if high - low <= 1e-5 * high:  # the same everywhere, but for rounding
-        return np.zeros((SIZE, SIZE), np.float32)
-    return ((heat - low) / (high - low)).numpy()
+    return values.float().cpu().numpy()
 
 
 def _class_index(target: int | str) -> int:
@@ -95,15 +143,17 @@ def _input(predictor: Predictor, images: Tensor) -> Tensor:
     return eval_transform(predictor.recipe)(images.to(device))
 
 
-def overlay(image, heat: np.ndarray, *, fit: str = "crop") -> np.ndarray:
-    """A heat map over its picture: the picture in grey, the heat from dark blue (0) to yellow (1).
+def overlay(image, heat: np.ndarray, *, highest: float | None = None, fit: str = "crop") -> np.ndarray:
+    """A heat map over its picture: the picture in grey, the heat from dark blue (0) to yellow (`highest`).
 
     The colours (cividis) differ in brightness too, and can be told apart whatever colours one sees.
 
     Parameters
     ----------
     image : whatever `read_image` reads
-    heat : array [h, w] from 0 to 1, as `grad_cam` gives it
+    heat : array [h, w], 0 or more, as `grad_cam` gives it
+    highest : float, optional
+        The heat that is drawn yellow, by default the map's own maximum; one for all maps makes them comparable.
 
     Returns
     -------
@@ -112,8 +162,12 @@ def overlay(image, heat: np.ndarray, *, fit: str = "crop") -> np.ndarray:
         most `LONGEST` pixels wide and high.
     """
     values = torch.as_tensor(np.asarray(heat, dtype=np.float32))
-    if values.ndim != 2 or not values.numel() or not ((values >= 0) & (values <= 1)).all():
-        raise ExplanationError(f"heat of shape {list(values.shape)} is not a map [h, w] of values from 0 to 1")
+    if values.ndim != 2 or not values.numel() or not (values.isfinite() & (values >= 0)).all():
+        raise ExplanationError(f"heat of shape {list(values.shape)} is not a map [h, w] of finite values, 0 or more")
+    top = values.max().item() if highest is None else highest
+    if not (math.isfinite(top) and top >= 0):
+        raise ExplanationError(f"highest={highest!r}; give the heat to be drawn yellow, a number of 0 or more")
+    values = (values / top).clamp(max=1) if top else values
     picture = read_image(image)
     if checked_fit(fit) == "pad":
         side = max(picture.shape[1:])
