@@ -85,7 +85,8 @@ class Recipe(BaseModel):
     epochs: Int = Field(2, ge=1, le=10_000)
     batch_size: Int = Field(64, ge=2, le=50_000)  # global: the sum over all processes
     accumulation: Int = Field(1, ge=1, le=1024)  # micro-batches of a process for each step, to save memory
-    head_fit_images: Int = Field(0, ge=0, le=50_000)  # linear probe first: fit the head on features of so many images
+    # linear probe first: fit the head on features of so many images; wants freeze_batchnorm where more is trained
+    head_fit_images: Int = Field(0, ge=0, le=50_000)
     lr: Float = Field(0.01, ge=1e-8, le=100)  # of the backbone; the peak of a one_cycle schedule
     head_lr_factor: Float = Field(1.0, ge=1e-4, le=1e4)  # the head's lr as a multiple of the backbone's
     optimizer: Literal["sgd", "adamw"] = "sgd"  # adamw has its usual betas, and wants a lower learning rate
