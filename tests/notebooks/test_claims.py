@@ -93,6 +93,13 @@ def right(issue_is_twin: bool) -> tuple[int, int]:
     return int((run.predictions == run.labels)[chosen].sum()), len(chosen)
 
 
+def leaving_out_moves_little() -> bool:
+    run, issues = results.load_run(results.SHIPPED_RUN), results.test_issues()
+    found = results.accuracy_without(issues, run.predictions == run.labels)
+    low, high = found["all"]["ci95"]
+    return all(abs(each["accuracy"] - found["all"]["accuracy"]) < (high - low) / 2 for each in found.values())
+
+
 def same_kernel() -> bool:
     """Whether the ablation "pretrained stem of stride 1" ran with the very kernel of the network."""
     torch.manual_seed(0)
@@ -212,13 +219,14 @@ STEM, PART = "Which stem, at equal cost?", "Which part should be trained?"
 SMALL, RANDOM = "stride 1, 32 px", "stride 1, 32 px, random weights"
 N1, N2, N3, N4, N5, N5B, N5C, N6, N7 = (f"notebooks/{name}.ipynb" for name in NOTEBOOKS)
 CLAIMS = [
-    (N5B, "the top bin lies on the diagonal, and all bins from the middle of the scale up to it lie below, most of them "
-     "by more than their interval. As trained, the lower bins were right within theirs",
+    (N5B, "the top bin lies on the diagonal, and all bins from the middle of the scale up to it lie below, most of "
+     "them by more than their interval. As trained, the lower bins were right within theirs",
      a_temperature_spoils_the_middle),
     (N5B, "by far most images are in the top bin", lambda: bins("temperature")["count"].iloc[-1] > 9000),
-    (N5B, "on the test images its gain over the temperature alone is beyond its interval. Of the images that get 50 to "
-     "90 %, about as many are right as it says", a_power_gains_and_mends_it),
-    (N5B, "the margin ranks best, and calibration changes the accuracy at 90 % coverage by a tenth of a point at most",
+    (N5B, "on the test images the interval of its difference to the temperature alone lies below zero. Of the images "
+     "that get 50 to 90 %, about as many are right as it says", a_power_gains_and_mends_it),
+    (N5B, "the margin has the smallest AURC, and calibration changes the accuracy at 90 % coverage by a tenth of a "
+     "point at most",
      the_margin_ranks_best_and_calibration_hardly_matters),
     ("docs/results.md", "as trained the model is too modest in all upper rows", lambda: (
         (bins("as trained", results.STATED).query("low_edge >= 0.7").eval("low - confidence") > 0).all())),
@@ -232,8 +240,9 @@ CLAIMS = [
      "recorded run of `quick`", lambda: (
         50_000 * work_of("resnet50", 32, "cifar_random")
         > 45_000 * (work_of("efficientnet_lite0", 80) + work_of("efficientnet_lite0", 112)))),
-    (N5, "about 0.7 points paired, and 0.9 unpaired", lambda: (
-        np.round(280 * np.array(standard_errors()), 1).tolist() == [0.7, 0.9])),
+    (N5, "less than a point, and about a quarter less if paired", lambda: (
+        2.8 * max(standard_errors()) < 0.01 and 0.70 < standard_errors()[0] / standard_errors()[1] < 0.78)),
+    (N5, "leaving them out moves the score by less than half the width of its interval", leaving_out_moves_little),
     (N7, "in chapter 05 pairing two runs lowered the standard error by a quarter", lambda: (
         0.70 < standard_errors()[0] / standard_errors()[1] < 0.78)),
     (N3, "ten times the multiply-adds of EfficientNet-Lite0, the small network of this course, and not even twice the "
@@ -276,24 +285,25 @@ CLAIMS = [
         == [0, 0, 0])),
     (N7, "its rates are 0.01, 0.0075 and 0.0025", lambda: (
         REDRAWN["reference_b32_cosine"][0].lr.tolist() == pytest.approx([0.01, 0.0075, 0.0025]))),
-    (N7, "in no line of the log; 3.4 points above its best", lambda: round(100 * (0.9234 - LOG.max()), 1) == 3.4),
+    (N7, "in no line of the log; more than three points above its best", lambda: 0.9234 - LOG.max() > 0.03),
     (N7, "Its test accuracy falls in more epochs than it rises", lambda: (
         (LOG.diff() < 0).sum() > (LOG.diff() > 0).sum())),
     (N7, "it falls in 17 of 59 steps", lambda: (PUBLISHED.train_accuracy.diff() < 0).sum() == 17),
     (N7, "it rises in 14 of 59 steps, by less than 0.01", lambda: (
         (PUBLISHED.train_loss.diff() > 0).sum() == 14 and PUBLISHED.train_loss.diff().max() < 0.01)),
-    (N7, "it falls in 31 of 59 steps, and its mean is 87.3 % over epochs 21 to 40, 87.6 % over 41 to 60", lambda: (
-        (LOG.diff() < 0).sum() == 31 and (round(LOG[20:40].mean(), 3), round(LOG[40:].mean(), 3)) == (0.873, 0.876))),
+    (N7, "it falls in 31 of 59 steps, and its mean over epochs 41 to 60 is three tenths of a point above that over 21 "
+     "to 40", lambda: (LOG.diff() < 0).sum() == 31 and round(LOG[40:].mean() - LOG[20:40].mean(), 3) == 0.003),
     (N7, "from 0.34 to 0.46 in the last twenty epochs", lambda: (
         (round(PUBLISHED.test_loss[40:].min(), 2), round(PUBLISHED.test_loss[40:].max(), 2)) == (0.34, 0.46))),
     (N7, "from one epoch to the next the score jumps by more than a point on average, and luck with the test images "
      "explains at most a tenth of the variance", lambda: (
         LOG[-20:].diff().abs().mean() > 0.01 and LUCK**2 / LOG[-20:].var() < 0.1)),
-    (N7, "Sixty independent draws would flatter by almost 0.8 points", lambda: (
+    (N7, "Sixty independent draws would flatter by more than three quarters of a point", lambda: (
         0.0075 < LUCK * np.random.default_rng(0).standard_normal((20_000, 60)).max(1).mean() < 0.008)),
-    (N7, "Its best epoch is 1.3 points above its last and 1.4 above the average of the last twenty", lambda: (
-        (round(LOG.max() - LOG[59], 3), round(LOG.max() - LOG[-20:].mean(), 3)) == (0.013, 0.014))),
-    (N7, "At most 0.3 of the 1.4 points are luck", lambda: round(100 * luck_of_the_best(), 1) == 0.3),
+    (N7, "Its best epoch is more than a point above its last and above the average of the last twenty", lambda: (
+        LOG.max() - max(LOG[59], LOG[-20:].mean()) > 0.01)),
+    (N7, "Less than a quarter of the gain is luck", lambda: (
+        luck_of_the_best() < 0.25 * (LOG.max() - LOG[-20:].mean()))),
     (N4, "The recorded run of `quick` ends above the published log", lambda: (
         results.load_run(RECORDED / "quick").accuracy > LOG.max())),
     (N4, "NVIDIA H100, fp32 (TF32)\": 8715", lambda: np.median(GPU["course"][1:]) == 8715),
