@@ -269,7 +269,7 @@ def redrawn_chart(runs: Mapping[str, pd.DataFrame], published: pd.DataFrame) -> 
     """
     fig, axes = new_figure(WIDE, 1, 2)
     longest, colors = max(frame.epoch.max() for frame in runs.values()), (*PALETTE[:4], "black")  # grey is published
-    start, label = published[published.epoch <= longest], "published log (whole ResNet-50)"
+    start, label = published[published.epoch <= longest], "published log"
     for ax, column in zip(axes, ("test_accuracy", "test_loss"), strict=True):
         _curve(ax, start, column, color=GREY, linestyle=":", marker="x", label=label)
         for i, (name, frame) in enumerate(runs.items()):

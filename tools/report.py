@@ -77,17 +77,16 @@ def runs_table(folder: Path) -> str:
     rows = []
     for path in [*(file.parent for file in folder.glob("*/metrics.json")), *unchanged]:
         metrics, recipe = _json(path / "metrics.json"), _json(path / "config.json")["recipe"]
-        network = NETWORKS[metrics["backbone"]]
-        if recipe.get("last_stage"):
-            network += f" **cut after stage {recipe['last_stage']}**"
         score = _score(metrics["test_accuracy"], *metrics["test_accuracy_ci95"])
         minutes, speed = f"{metrics['train_seconds'] / 60:.0f} min", f"{metrics['images_per_second']:.0f}"
-        row = (f"`{recipe['name']}`", network, metrics["epochs"], score, minutes, speed, 1, metrics["hardware"])
-        rows.append((metrics["test_accuracy"], row))
+        if path in unchanged:  # these ran two at a time beside other work
+            minutes = speed = ""
+        row = (f"`{recipe['name']}`", NETWORKS[metrics["backbone"]], metrics["epochs"], score, minutes, speed)
+        rows.append((metrics["test_accuracy"], (*row, metrics["seed"], metrics["hardware"])))
     rows = [row for _, row in sorted(rows, reverse=True)]
     log = results.published_log().iloc[-1]
     score = _score(log.test_accuracy, *results.wilson_interval(round(10_000 * log.test_accuracy), 10_000))
-    rows.append(("published log", "ResNet-50", int(log.epoch), score, "", "", 1, "not stated"))
+    rows.append(("published log", "ResNet-50", int(log.epoch), score, "", "", "not stated", "not stated"))
     columns = (
         "recipe",
         "network",
@@ -95,11 +94,12 @@ def runs_table(folder: Path) -> str:
         "test accuracy [95 % interval]",
         "training",
         "images/s",
-        "seeds",
+        "seed",
         "device",
     )
-    seconds = _json(folder / "quick" / "course.json")["total_seconds"]
-    return table(columns, rows) + f"\n\nAll notebooks, with the training of `quick`: {seconds / 60:.0f} min."
+    course = _json(folder / "quick" / "course.json")
+    minutes = f"{course['total_seconds'] / 60:.0f} min"
+    return table(columns, rows) + f"\n\n{len(course['seconds'])} notebooks, with the training of `quick`: {minutes}."
 
 
 def shipped_table(folder: Path) -> str:
@@ -180,7 +180,7 @@ def ablations_table(folder: Path) -> str:
 
 
 def redrawn_table(folder: Path) -> str:
-    """The published recipe and its variants on a part of ResNet-50, beside the published log."""
+    """The published recipe and its variants, beside the published log."""
     redrawn = results.recorded_redrawn(folder / "redrawn")
     found = results.redrawn_table(redrawn).to_dict("records")
     rows = []
@@ -195,7 +195,6 @@ def redrawn_table(folder: Path) -> str:
                 f"{100 * difference:+.1f}" if name and difference else "",
                 f"{100 * each['train_accuracy']:.1f} %",
                 f"{each['last_lr']:g}" if name else "",
-                f"{each['minutes']:.0f}" if name else "",
             )
         )
     columns = (
@@ -206,11 +205,10 @@ def redrawn_table(folder: Path) -> str:
         "points",
         "train",
         "last lr",
-        "minutes",
     )
-    machines = "; ".join(sorted({metrics["hardware"] for _, metrics in redrawn.values()}))
-    minutes = sum(each["minutes"] for each in found[:-1])
-    return table(columns, rows) + f"\n\n{found[0]['epochs']} epochs, {minutes:.0f} minutes for all runs, on {machines}."
+    all_metrics = [metrics for _, metrics in redrawn.values()]
+    machines, seeds = ("; ".join(sorted({str(each[key]) for each in all_metrics})) for key in ("hardware", "seed"))
+    return table(columns, rows) + f"\n\n{found[0]['epochs']} epochs, seed {seeds}, on {machines}."
 
 
 def comparison_table(folder: Path) -> str:

@@ -9,7 +9,7 @@ from cifar_ft.results.calibration import (
     selective_accuracy,
     stated,
 )
-from cifar_ft.results.comparison import compare_runs, difference_test, paired_test, recorded_seeds
+from cifar_ft.results.comparison import compare_runs, difference_test, paired_test
 from cifar_ft.results.metrics import (
     ResultError,
     accuracy_text,

@@ -12,10 +12,9 @@ import numpy as np
 import pandas as pd
 
 from cifar_ft.results.metrics import ResultError, wilson_interval
-from cifar_ft.results.runs import RECORDED, Run, load_run
+from cifar_ft.results.runs import Run, load_run
 
 COMPARED = ("recipe", "backbone", "epochs", "seeds", "test_accuracy", "low", "high", "std", "minutes")
-SEEDS = ("seed", "test_accuracy", "val_accuracy", "minutes")
 
 
 class Difference(NamedTuple):
@@ -106,9 +105,3 @@ def compare_runs(runs: Sequence[Run | str | os.PathLike]) -> pd.DataFrame:
         head = (label, backbone, members[0].metrics.get("epochs"), len(members))
         rows.append((*head, scores.mean(), *interval, scores.std(), minutes))
     return pd.DataFrame(rows, columns=COMPARED)
-
-
-def recorded_seeds() -> pd.DataFrame:
-    """Runs of `quick` that differ in their seed alone, if recorded: seed, test_accuracy, val_accuracy, minutes."""
-    file = RECORDED / "quick_seeds.csv"
-    return pd.read_csv(file) if file.exists() else pd.DataFrame(columns=SEEDS, dtype=float)

@@ -167,21 +167,20 @@ def redrawn_table(redrawn: Mapping[str, tuple[pd.DataFrame, dict]]) -> pd.DataFr
     """One row for each redrawn run, and a last one for the published log after as many epochs.
 
     Columns: run (in words), epochs, first_epoch and test_accuracy (of the first and the last epoch), train_accuracy
-    and last_lr (of the last epoch), low and high (95 %), minutes (None for the published log, as is last_lr).
-    Accuracies are fractions.
+    and last_lr (of the last epoch; None for the published log), low and high (95 %). Accuracies are fractions.
     """
 
-    def row(name: str, history: pd.DataFrame, interval: Sequence[float], minutes: float | None) -> tuple:
+    def row(name: str, history: pd.DataFrame, interval: Sequence[float]) -> tuple:
         first, last = history.iloc[0], history.iloc[-1]
         accuracies = first.test_accuracy, last.test_accuracy, last.train_accuracy
-        return (name, int(last.epoch), *accuracies, last.get("lr"), *interval, minutes)
+        return (name, int(last.epoch), *accuracies, last.get("lr"), *interval)
 
-    rows = [row(REDRAWN[n][2], h, m["test_accuracy_ci95"], m["train_seconds"] / 60) for n, (h, m) in redrawn.items()]
+    rows = [row(REDRAWN[n][2], h, m["test_accuracy_ci95"]) for n, (h, m) in redrawn.items()]
     log = published_log()
     log = log[log.epoch <= max(history.epoch.max() for history, _ in redrawn.values())]
     interval = wilson_interval(round(10_000 * log.test_accuracy.iloc[-1]), 10_000)
-    rows.append(row("published log", log, interval, None))
-    columns = ("run", "epochs", "first_epoch", "test_accuracy", "train_accuracy", "last_lr", "low", "high", "minutes")
+    rows.append(row("published log", log, interval))
+    columns = ("run", "epochs", "first_epoch", "test_accuracy", "train_accuracy", "last_lr", "low", "high")
     return pd.DataFrame(rows, columns=columns)
 
 

@@ -106,10 +106,3 @@ def test_a_run_from_before_a_setting_existed_is_one_of_its_default(tmp_path):
     del config["recipe"]["cutout"]
     (paths[0] / "config.json").write_text(json.dumps(config))
     assert results.compare_runs(paths)["seeds"].tolist() == [2]
-
-
-def test_recorded_seeds_are_read_where_they_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(results.comparison, "RECORDED", tmp_path)
-    assert results.recorded_seeds().empty
-    (tmp_path / "quick_seeds.csv").write_text("seed,test_accuracy,val_accuracy,minutes\n0,0.92,0.93,7\n1,0.94,0.95,8\n")
-    assert results.recorded_seeds().test_accuracy.tolist() == [0.92, 0.94]
