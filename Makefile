@@ -33,7 +33,7 @@ lint: $(READY)  ## ruff, on modules and notebooks
 record: $(READY)  ## run the course on an idle machine; keep notebooks 01 to 04, run and report
 	$(RUN) -m tools.record quick
 
-ship: $(READY)  ## train the model that is shipped, on an idle machine; keep it, its figures, notebooks 05 and 06
+ship: $(READY)  ## train the model that is shipped, on an idle machine; keep it, its figures, notebooks 05 to 07
 	$(RUN) -m tools.record ship
 
 benchmarks: $(READY)  ## speed against what else there is, on an idle machine; takes long

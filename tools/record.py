@@ -1,7 +1,7 @@
 """Run the course or train the shipped model on this machine, and keep what came out in the repository.
 
 `python -m tools.record quick` runs the course with `quick` and keeps notebooks 01 to 04 and the run; `ship` trains
-`cpu`, makes it the shipped model, measures it, and goes on with `notebooks`, which runs and keeps 05 and 06, the
+`cpu`, makes it the shipped model, measures it, and goes on with `notebooks`, which runs and keeps 05 to 07, the
 notebooks that read the shipped model.
 """
 
@@ -51,7 +51,7 @@ def quick() -> None:
 
 @app.command()
 def ship(out: Build = ROOT / "build" / "cpu") -> None:
-    """Train `cpu` on an idle machine; keep it as the shipped model, its measurements, notebooks 05 and 06."""
+    """Train `cpu` on an idle machine; keep it as the shipped model, its measurements, notebooks 05 to 07."""
     run, data = results.load_run(out) if (out / "metrics.json").exists() else None, load_cifar10()
     run = run or fit(get_recipe("cpu"), data, out, resume=(out / "config.json").exists())
     publish_run(run, results.SHIPPED_RUN)
