@@ -168,6 +168,21 @@ def corruptions_table(folder: Path) -> str:
     return table(("accuracy (%)", *(f"severity {i}" for i in range(1, 6))), rows) + f"\n\n{text}"
 
 
+def unfamiliar_table(folder: Path) -> str:
+    """What the shipped model's flag catches by its energy, and what the best of the other scores tried would."""
+    found = _json(folder / "unfamiliar.json")
+    rows = {(each["score"], each["kind"]): each for each in found["rows"]}
+    lines = []
+    for kind in dict.fromkeys(kind for _, kind in rows):
+        cells = []
+        for score in ("energy", "ViM, 256 directions"):
+            row = rows[score, kind]
+            low, high = row["caught_ci95"]
+            cells += [f"{row['auroc']:.3f}", f"{100 * row['caught']:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"]
+        lines.append((kind, rows["energy", kind]["images"] or "mean of four", *cells))
+    return table(("pictures", "number", "energy: AUROC", "caught", "ViM: AUROC", "caught"), lines)
+
+
 def ablations_table(folder: Path) -> str:
     """What each choice is worth, in points of validation accuracy, against the first variant of its question."""
     found, rows = results.summarize(pd.read_csv(folder / "ablations.csv")), []
@@ -296,6 +311,7 @@ TABLES = {
     "shipped": shipped_table,
     "reliability": reliability_table,
     "corruptions": corruptions_table,
+    "unfamiliar": unfamiliar_table,
     "ablations": ablations_table,
     "redrawn": redrawn_table,
     "comparison": comparison_table,
