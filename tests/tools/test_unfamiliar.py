@@ -105,3 +105,21 @@ def test_no_class_of_cifar10_is_among_the_foreign():
     assert not animals & {*range(7, 25), *range(30, 33), *range(80, 101), *range(127, 147), *range(151, 294), 339, 340}
     assert not set(unfamiliar.THINGS) & {404, 407, 468, 510, 511, 555, 609, 627, 675, 751, 817, 864, 867, 895}
     assert (len(animals), len(unfamiliar.THINGS)) == (135, 515)
+
+
+def test_the_record_carries_what_chapter_06_says():
+    found = json.loads((unfamiliar.ROOT / "results" / "unfamiliar.json").read_text("utf-8"))
+    rows = pd.DataFrame(found["rows"]).set_index(["score", "kind"])
+    for score in ("Mahalanobis", "10 nearest of 5,000", "nearest of 390", "ViM, 256 directions"):
+        assert rows.auroc_gain_ci95[score, "photographs"][0] > 0
+    assert all(low <= 0 for low, _ in rows.caught_gain_ci95.xs("photographs", level="kind"))
+    vim, energy = rows.caught["ViM, 256 directions"], rows.caught["energy"]
+    assert vim["things"] > energy["things"]
+    assert vim["faces"] < energy["faces"]
+    assert rows.bytes["ViM, 256 directions", "things"] == pytest.approx(2e6 / 3, rel=0.05)
+    caught = energy.round(2).loc[["things", "other animals", "faces", "noise", "plain colours", "gradients"]]
+    assert caught.to_list() == pytest.approx([0.4, 1 / 3, 1 / 3, 1, 1, 0.9], abs=0.05)
+    assert rows.auroc["energy", "photographs"] == pytest.approx(0.89, abs=0.005)
+    react = rows.caught["energy, ReAct"]
+    assert react["faces"] > 0.5
+    assert react["noise"] == 0
