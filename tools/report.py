@@ -73,7 +73,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
 
 def runs_table(folder: Path) -> str:
     """The recorded runs of recipes as they are defined, the best first, and the published log."""
-    unchanged = [folder / "redrawn" / name for name, (recipe, changes, _) in results.REDRAWN.items() if not changes]
+    redrawn = results.recorded_redrawn(folder / "redrawn")
+    unchanged = [folder / "redrawn" / name for name in redrawn if not results.REDRAWN[name][1]]
     rows = []
     for path in [*(file.parent for file in folder.glob("*/metrics.json")), *unchanged]:
         metrics, recipe = _json(path / "metrics.json"), _json(path / "config.json")["recipe"]
