@@ -15,6 +15,7 @@ import tiny_runs
 import torch
 from tiny_models import v1_file
 
+from cifar_ft import results
 from cifar_ft.data import CLASSES, load_samples
 from cifar_ft.files import FileError, show_path
 from cifar_ft.models import build_model, features
@@ -72,7 +73,7 @@ def test_one_file_answers_one_picture_and_seven_as_the_predictor_does(model_file
     logits = torch.from_numpy(logits)
     assert logits.softmax(1).max() > 0.5  # decided, so that the comparison means something
     assert len(set(probabilities.argmax(1))) > 1
-    np.testing.assert_allclose(probabilities, (logits / 2.5).softmax(1), atol=1e-6)
+    np.testing.assert_allclose(probabilities, results.probabilities(logits, 2.5, 1.7), atol=1e-6)
     assert (torch.from_numpy(probabilities) - logits.softmax(1)).abs().max() > 0.05
 
 
