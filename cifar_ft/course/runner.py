@@ -23,8 +23,15 @@ from cifar_ft.files import checkout, folder_variables, full_path, one_line, show
 from cifar_ft.recipes import get_recipe, parse_overrides
 
 NOTEBOOKS = (
-    *("01_data_exploration", "02_transforms", "03_model_surgery", "04_training"),
-    *("05_results", "05b_trust", "05c_choices", "06_predictions", "07_reading_a_publication"),
+    "01_data_exploration",
+    "02_transforms",
+    "03_model_surgery",
+    "04_training",
+    "05_results",
+    "05b_trust",
+    "05c_choices",
+    "06_predictions",
+    "07_reading_a_publication",
 )
 TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 BOOLEANS = {"true": True, "True": True, "false": False, "False": False}

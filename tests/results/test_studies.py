@@ -75,7 +75,6 @@ def test_redrawn_runs_stand_beside_the_published_log_after_as_many_epochs(tmp_pa
 
 
 def test_what_was_recorded_is_whole():
-    assert [*results.recorded_redrawn()] == [name for name in results.REDRAWN if name in results.recorded_redrawn()]
     assert next(iter(results.recorded_redrawn())) == "reference_b32"  # what the others are compared with
     assert set(pd.read_csv(results.RECORDED / "ablations.csv").changes.fillna("")) <= set(results.variants())
     robustness = results.recorded_robustness()
