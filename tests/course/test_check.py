@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 import torch
 
-from cifar_ft import data, models
+from cifar_ft import data, models, training
 from cifar_ft.course import check
 from cifar_ft.data import SourceError
 
@@ -23,6 +23,12 @@ def ready(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(5000 * 2**20))
     monkeypatch.setattr(data, "fetch_cifar10", lambda fetch: Raw(tmp_path / "cifar10.npz", "npm"))
     monkeypatch.setattr(models, "fetch_weights", lambda name, fetch: Weights("IMAGENET1K_V1", "torchvision"))
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """The machine is described without asking for the device that a test pretends."""
+    monkeypatch.setattr(training, "describe_machine", lambda: "a processor")
 
 
 def failures() -> dict[str, str]:
